@@ -1,0 +1,3 @@
+"""spafl: federated training that exchanges only thresholds, and devices whose models physically shrink."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,70 @@
+"""The algorithm between local steps, in numpy: the reference every engine is compared with.
+
+SpaFL (Kim et al., NeurIPS 2024, arXiv 2406.00431). Layer l has weights W (out, ...) and thresholds tau (out,), in
+units of the layer's `scale`:
+
+    score_i = mean_j |W_ij| / scale        mask_i = score_i > tau_i
+    catch-up:  W_ij -= sign(sum_j W_ij) * (target_i - base_i) * scale / n_scale        tau := target
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spafl.layout import Floats, Layer, ThresholdLayout
+
+COLLAPSE_DENSITY = 0.01
+"""A layer with this share of active filters or less has collapsed (the published code's bound)."""
+
+Tensors: TypeAlias = Mapping[str, Floats]
+
+
+def scores(layer: Layer, weight: Floats) -> Floats:
+    """Returns the scores (out,) of a layer's filters: mean |w| of each, in units of the layer's scale."""
+    rows = np.abs(weight.reshape(layer.out, layer.n_in))
+    return np.asarray(rows.mean(axis=1) / np.float32(layer.scale), np.float32)
+
+
+def mask(layer: Layer, tensors: Tensors) -> NDArray[np.bool_]:
+    """Returns which filters (out,) are active: those whose score is above their threshold."""
+    return scores(layer, tensors[layer.weight]) > tensors[layer.threshold]
+
+
+def densities(layout: ThresholdLayout, tensors: Tensors) -> dict[str, float]:
+    """Returns the share of active filters by layer name."""
+    return {layer.name: float(mask(layer, tensors).mean()) for layer in layout.layers}
+
+
+def apply_global(
+    layout: ThresholdLayout, tensors: Tensors, base: Floats, target: Floats
+) -> dict[str, Floats]:
+    """Returns `tensors` caught up from the global thresholds `base` to `target`, both (size,); inputs stay as they are.
+
+    The change of every round missed is applied at once (it telescopes): one step over many rounds equals one step
+    per round for every filter whose sum of weights keeps its sign on the way.
+
+    Source: the published code's client update; n_scale is kh*kw for its convolutions.
+    """
+    caught_up = dict(tensors)
+    for layer in layout.layers:
+        weight = tensors[layer.weight]
+        change = (target - base)[layer.span] * np.float32(layer.scale / layer.n_scale)
+        direction = np.sign(weight.reshape(layer.out, layer.n_in).sum(axis=1))
+        step = (direction * change).astype(np.float32)
+        caught_up[layer.weight] = weight - step.reshape(-1, *[1] * (weight.ndim - 1))
+        caught_up[layer.threshold] = target[layer.span].astype(np.float32)
+    return caught_up
+
+
+def collapsed(layout: ThresholdLayout, tensors: Tensors) -> list[str]:
+    """Returns the names of the layers whose density is at most `COLLAPSE_DENSITY`."""
+    return [name for name, density in densities(layout, tensors).items() if density <= COLLAPSE_DENSITY]
+
+
+def reset_collapsed(layout: ThresholdLayout, tensors: Tensors) -> tuple[dict[str, Floats], list[str]]:
+    """Returns `tensors` with the thresholds of collapsed layers set to 0, and those layers' names."""
+    names = collapsed(layout, tensors)
+    reset = {f"{name}.threshold": np.zeros_like(tensors[f"{name}.threshold"]) for name in names}
+    return {**tensors, **reset}, names

@@ -1,0 +1,189 @@
+"""What a bundle says about itself: `manifest.json`."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from spafl.canonical import canonical_json, sha256_hex
+from spafl.errors import BundleError, LayoutError
+from spafl.layout import ThresholdLayout
+
+FORMAT = "spafl-bundle"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILE_BYTES = 1 << 30
+MAX_BUNDLE_BYTES = 2 << 30
+MAX_FILES = 64
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
+
+
+def safe_file_name(name: str) -> str:
+    """Returns `name` if it may stand in a bundle: ASCII letters, digits, '.', '_', '-' and at most one folder.
+
+    Raises:
+        ValueError: anything else; absolute paths, '..' and drive letters among it.
+    """
+    if not _FILE_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(f"{name[:120]!r} is not a safe file name")
+    return name
+
+
+def _layout(value: Any) -> ThresholdLayout:
+    if isinstance(value, ThresholdLayout):
+        return value
+    try:
+        return ThresholdLayout.from_json(value)
+    except LayoutError as error:
+        raise ValueError(str(error)) from error
+
+
+Layout = Annotated[ThresholdLayout, PlainValidator(_layout), PlainSerializer(ThresholdLayout.to_json)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StateTensor(_Frozen):
+    """A tensor of the state a device keeps.
+
+    role    weight and threshold belong to a masked layer; parameter is trained; statistic is updated, not trained
+    layer   the masked layer whose filters its first axis runs over (weights, thresholds, the norm behind them)
+    rows    True where the train step takes and returns only the active rows of it
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Literal["weight", "threshold", "parameter", "statistic"]
+    layer: str | None = None
+    rows: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Returns whether SGD moves it: it then has a momentum of the same shape during a round."""
+        return self.role != "statistic"
+
+
+class TrainStep(_Frozen):
+    """The form of `train_step.onnx`: `rows` takes active rows only and is exact; `dense` takes whole tensors.
+
+    reason says why rows was refused, or what makes it exact.
+    """
+
+    form: Literal["rows", "dense"]
+    reason: str
+
+
+class Compaction(_Frozen):
+    """What compaction does with a layer's pruned filters: drop them, or keep them for `reason`."""
+
+    layer: str
+    drops: bool
+    reason: str
+
+
+class InputSpec(_Frozen):
+    """The examples a model takes, float32 (batch, *shape); bytes become (value / 255 - mean) / std by channel."""
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> Self:
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"input shape {self.shape} needs positive sizes")
+        if len(self.mean) != self.shape[0] or len(self.std) != self.shape[0] or min(self.std) <= 0:
+            raise ValueError(
+                f"expected {self.shape[0]} means and positive deviations, got {self.mean} and {self.std}"
+            )
+        return self
+
+
+class EngineFiles(_Frozen):
+    """The files an engine runs, by role, and what they need of it (operators with their counts)."""
+
+    files: dict[str, Annotated[str, AfterValidator(safe_file_name)]]
+    opset: int
+    ir_version: int
+    operators: dict[str, dict[str, int]]
+
+
+class FileEntry(_Frozen):
+    """Size and SHA-256 of one file of the bundle."""
+
+    bytes: int = Field(ge=0, le=MAX_FILE_BYTES)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(_Frozen):
+    """Everything about a bundle but its bytes. Its id is the SHA-256 of its canonical JSON."""
+
+    format: Literal["spafl-bundle"] = "spafl-bundle"
+    format_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    layout: Layout
+    state: tuple[StateTensor, ...]
+    input: InputSpec
+    labels: tuple[str, ...] = Field(min_length=2, max_length=100_000)
+    options: dict[str, str | bool | float] = {}
+    train_step: TrainStep
+    compaction: tuple[Compaction, ...]
+    engines: dict[str, EngineFiles]
+    files: dict[Annotated[str, AfterValidator(safe_file_name)], FileEntry] = Field(max_length=MAX_FILES)
+    producer: dict[str, str]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        shapes = {tensor.name: tensor.shape for tensor in self.state}
+        if len(shapes) != len(self.state):
+            raise ValueError("state tensor names repeat")
+        for layer in self.layout.layers:
+            if shapes.get(layer.threshold) != (layer.out,) or shapes.get(layer.weight, (0,))[0] != layer.out:
+                raise ValueError(
+                    f"the state lacks the weight or threshold of layer {layer.name!r}, or their shapes differ"
+                )
+        named = {file for engine in self.engines.values() for file in engine.files.values()}
+        if missing := named - set(self.files):
+            raise ValueError(f"engine files are not in the bundle: {sorted(missing)}")
+        if sum(entry.bytes for entry in self.files.values()) > MAX_BUNDLE_BYTES:
+            raise ValueError(f"more than {MAX_BUNDLE_BYTES} bytes of files")
+        return self
+
+    @property
+    def id(self) -> str:
+        """Returns the bundle's id: 64 hex digits, SHA-256 of the canonical manifest, and so of every file in it."""
+        return sha256_hex(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical JSON: the exact bytes of `manifest.json`."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Returns the manifest in `data`.
+
+        Raises:
+            BundleError: too large, not a manifest, of another format version, or contradicting itself.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"manifest of {len(data)} bytes, expected at most {MAX_MANIFEST_BYTES}")
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest.json"
+            raise BundleError(
+                f"not a bundle this version reads ({FORMAT} {FORMAT_VERSION}): {where}: {first['msg']}"
+            ) from error
