@@ -1,0 +1,1 @@
+"""PyTorch side: masked layers, models, local training, data, figures and the demo."""

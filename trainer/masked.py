@@ -1,0 +1,111 @@
+"""Convolutions and linear layers whose filters are masked by trainable thresholds.
+
+SpaFL (arXiv 2406.00431): score_i = mean_j |W_ij| / scale, mask_i = 1[score_i > tau_i], forward uses W * mask. The
+step function has no useful gradient, so backward lets it pass straight through: d mask / d(score - tau) := 1.
+"""
+
+from typing import Literal, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+StraightThrough: TypeAlias = Literal["identity", "cifar-release"]
+
+
+def straight_through(distance: Tensor, ste: StraightThrough) -> Tensor:
+    """Returns 1.0 where `distance` = score - tau (out,) is above 0, else 0.0, with the surrogate's gradient.
+
+    identity       d mask / d distance = 1: the paper, and the published FMNIST code
+    cifar-release  d mask / d distance = 1[|distance| > 1]: the published CIFAR code, in which the task hardly ever
+                   moves a threshold
+
+    Written with detach, not as an autograd.Function: torch.export drops those without a word.
+    """
+    hard = (distance > 0).to(distance.dtype)
+    # exactly 0 in forward; the whole gradient in backward
+    soft = distance - distance.detach()
+    if ste == "cifar-release":
+        soft = soft * (distance.detach().abs() > 1).to(distance.dtype)
+    return hard.detach() + soft
+
+
+class _Masked(nn.Module):
+    """What masked layers share. `weight` (out, ...) and `threshold` (out,) are both trained.
+
+    gate   multiply the layer's output by its detached mask: a pruned channel is then exactly 0, bias and all, and
+           receives exactly no task gradient. Off where the norm behind the layer gates instead, or as published.
+    scale  the unit of the thresholds (`spafl.layout.Layer`)
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    threshold: nn.Parameter
+    gate: bool
+    ste: StraightThrough
+    scale: float
+
+    def distance(self) -> Tensor:
+        """Returns score - tau (out,): positive where the filter is active."""
+        return self.weight.abs().flatten(1).mean(1) / self.scale - self.threshold
+
+    def active(self) -> Tensor:
+        """Returns the mask (out,) as detached 0.0 / 1.0."""
+        distance = self.distance().detach()
+        return (distance > 0).to(distance.dtype)
+
+    def masked_weight(self) -> Tensor:
+        """Returns W * mask, of W's shape, differentiable in W and the thresholds."""
+        mask = straight_through(self.distance(), self.ste)
+        return self.weight * mask.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def _become_masked(self, layer: nn.Module, ste: StraightThrough, scale: float, gate: bool) -> None:
+        # the very same parameters: an optimizer that already holds them goes on working
+        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        self.threshold = nn.Parameter(self.weight.new_zeros(len(self.weight)))
+        self.ste, self.scale, self.gate = ste, scale, gate
+        self.train(layer.training)
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """A Conv2d whose filters are masked; made from an ordinary one, whose parameters it takes over."""
+
+    def __init__(
+        self, layer: nn.Conv2d, *, ste: StraightThrough = "identity", scale: float = 1.0, gate: bool = True
+    ) -> None:
+        nn.Conv2d.__init__(
+            self,
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+        self._become_masked(layer, ste, scale, gate)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
+        """Returns the convolution with the masked weight, (N, C_out, H', W')."""
+        y: Tensor = self._conv_forward(x, self.masked_weight(), self.bias)
+        return y * self.active().view(-1, 1, 1) if self.gate else y
+
+
+class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
+    """A Linear whose neurons are masked; made from an ordinary one, whose parameters it takes over."""
+
+    def __init__(
+        self, layer: nn.Linear, *, ste: StraightThrough = "identity", scale: float = 1.0, gate: bool = True
+    ) -> None:
+        nn.Linear.__init__(self, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self._become_masked(layer, ste, scale, gate)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in)
+        """Returns the linear map with the masked weight, (..., out)."""
+        y = F.linear(x, self.masked_weight(), self.bias)
+        return y * self.active() if self.gate else y
+
+
+Masked: TypeAlias = MaskedConv2d | MaskedLinear
