@@ -129,4 +129,4 @@ def _norm_behind(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 def _mean_magnitude(layer: nn.Module) -> float:
     # six digits, so that the layout's JSON is the same on every machine
-    return float(f"{layer.weight.detach().abs().mean().item():.6g}")
+    return float(f"{layer.weight.detach().abs().mean().item():.6g}")  # type: ignore[operator]
