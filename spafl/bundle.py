@@ -1,6 +1,7 @@
 """A model as devices receive it: a directory or a .zip of files, each named and hashed in `manifest.json`."""
 
 import hashlib
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,17 @@ MANIFEST = "manifest.json"
 INITIAL_STATE = "init.safetensors"
 _CHUNK = 1 << 20
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+_ZIP_ERRORS = (
+    OSError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile raises for damaged archives (found by mutating one); ValueError covers names that are not UTF-8."""
 
 
 class Bundle:
@@ -38,12 +50,14 @@ class Bundle:
             BundleError: missing, damaged, unsafe or oversized files, or files the manifest does not name.
         """
         path = Path(path)
-        if not path.exists():
+        if not (path.is_dir() or path.is_file()):
             raise BundleError(f"no bundle at {path}: export one with `spafl export`")
+        names = _names(path)
         with _reading(path, MANIFEST) as stream:
             manifest = Manifest.from_bytes(stream.read(MAX_MANIFEST_BYTES + 1))
+        if names != sorted({MANIFEST, *manifest.files}):
+            raise BundleError(f"{path} holds other files than its manifest names: {names[:8]}")
         bundle = cls(path, manifest)
-        bundle._check_names()
         for name, entry in manifest.files.items():
             bundle._check(name, entry)
         return bundle
@@ -74,7 +88,7 @@ class Bundle:
         """
         try:
             tensors = safetensors.numpy.load(self.read(INITIAL_STATE))
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype numpy does not have
             raise BundleError(f"{INITIAL_STATE} is not a safetensors file: {error}") from error
         check_state(self.manifest, tensors)
         return tensors
@@ -90,14 +104,6 @@ class Bundle:
             raise BundleError(
                 f"bundle {self.manifest.name} has no file {name!r}: {sorted(self.manifest.files)}"
             ) from None
-
-    def _check_names(self) -> None:
-        if self.path.is_dir():
-            return
-        with zipfile.ZipFile(self.path) as archive:
-            names = archive.namelist()
-        if len(names) > MAX_FILES + 1 or sorted(names) != sorted({MANIFEST, *self.manifest.files}):
-            raise BundleError(f"{self.path} holds other files than its manifest names: {sorted(names)[:8]}")
 
     def _check(self, name: str, entry: FileEntry) -> None:
         digest, size = hashlib.sha256(), 0
@@ -135,16 +141,13 @@ def write_bundle(path: Path | str, manifest: Manifest, files: Mapping[str, bytes
     manifest   its `files` are replaced by the sizes and hashes of `files`
 
     Raises:
-        BundleError: the path exists as something else, or the result does not open.
+        BundleError: `files` do not fit the manifest, the path exists as something else, or the result does not open.
     """
     path = Path(path)
-    entries = {
-        name: FileEntry(bytes=len(data), sha256=sha256_hex(data)) for name, data in sorted(files.items())
-    }
-    manifest = Manifest.model_validate({**manifest.model_dump(), "files": entries})
+    manifest = manifest.holding(files)
     contents = {MANIFEST: manifest.to_bytes(), **files}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zip":
+    if path.suffix == ".zip" and not path.is_dir():
         part = path.with_name(path.name + ".part")
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in contents.items():
@@ -159,14 +162,46 @@ def write_bundle(path: Path | str, manifest: Manifest, files: Mapping[str, bytes
     return Bundle.open(path)
 
 
+def _names(path: Path) -> list[str]:
+    if not path.is_dir():
+        with _archive(path) as archive:
+            members = archive.infolist()
+        if odd := [member.filename for member in members if not _is_plain(member)]:
+            raise BundleError(f"{path} holds members that are not plain stored or deflated files: {odd[:8]}")
+        return sorted(member.filename for member in members)
+    names = []
+    for item in path.rglob("*"):  # does not descend into links
+        if item.is_symlink() or not (item.is_file() or item.is_dir()):
+            raise BundleError(f"{item} is not a plain file: a bundle holds no links or devices")
+        if item.is_file():
+            names.append(item.relative_to(path).as_posix())
+        if len(names) > MAX_FILES + 1:
+            raise BundleError(f"{path} holds more than {MAX_FILES + 1} files")
+    return sorted(names)
+
+
+def _is_plain(member: zipfile.ZipInfo) -> bool:
+    # bzip2 and LZMA would be inflated without a bound on what one read makes; bit 0 of the flags means encrypted
+    return member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not member.flag_bits & 1
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _ZIP_ERRORS as error:
+        raise BundleError(f"cannot read bundle {path}: {error}") from error
+
+
 @contextmanager
 def _reading(path: Path, name: str) -> Iterator[IO[bytes]]:
+    if not path.is_dir():
+        with _archive(path) as archive, archive.open(name) as member:
+            yield member
+        return
     try:
-        if path.is_dir():
-            with (path / name).open("rb") as stream:
-                yield stream
-        else:
-            with zipfile.ZipFile(path) as archive, archive.open(name) as member:
-                yield member
-    except (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with (path / name).open("rb") as stream:
+            yield stream
+    except OSError as error:
         raise BundleError(f"cannot read {name} of bundle {path}: {error}") from error

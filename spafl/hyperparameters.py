@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spafl.errors import SettingsError
 
+MIN_LR = 1e-30
+"""Where a decaying learning rate stops: still a float32 above 0, so that a lease stays valid in round 100,000."""
+
 
 class Hyperparameters(BaseModel):
     """How a device trains for one round. The defaults are the published FMNIST settings, but for `lr` and `ramp`.
@@ -42,14 +45,14 @@ class Hyperparameters(BaseModel):
         Raises:
             SettingsError: the round is not one of the run's.
         """
-        if not 0 <= round < max(rounds, 1):
+        if not 0 <= round < rounds:
             raise SettingsError(f"round {round} is not one of 0 to {rounds - 1}")
         decay = self.lr_decay**round
         threshold_lr = self.lr if self.threshold_lr is None else self.threshold_lr
         ramp = 1 / (1 + math.exp(5 - 10 * round / rounds)) if self.ramp == "fmnist" else 1.0
         return self.model_copy(
             update={
-                "lr": self.lr * decay,
+                "lr": max(self.lr * decay, MIN_LR),
                 "threshold_lr": threshold_lr * decay,
                 "coeff": self.coeff * ramp,
                 "lr_decay": 1.0,

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -15,6 +14,8 @@ from spafl.errors import LayoutError
 Floats: TypeAlias = NDArray[np.float32]
 
 MAX_LAYERS = 4096
+MAX_NAME = 256
+MAX_AXIS = 2**31 - 1
 MAX_THRESHOLDS = 16_777_216
 MIN_SCALE, MAX_SCALE = 1e-4, 1e4
 
@@ -28,6 +29,9 @@ class Layer:
     n_scale  divisor of the catch-up step: kh * kw of a convolution in the published code, n_in of a linear layer
     offset   index of its first threshold in the flat vector
     scale    the unit its thresholds are in: 1 as published, else the layer's initial mean |w|
+
+    Raises:
+        LayoutError: an unknown kind, or a name, size or scale that is not of its type or in its range.
     """
 
     name: str
@@ -37,6 +41,21 @@ class Layer:
     n_scale: int
     offset: int
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and 0 < len(self.name) <= MAX_NAME):
+            raise LayoutError(f"expected a layer name of 1 to {MAX_NAME} characters, got {self.name!r:.80}")
+        if self.kind not in ("conv", "linear"):
+            raise LayoutError(f"layer {self.name!r} has kind {self.kind!r:.80}, expected conv or linear")
+        sizes = (self.out, self.n_in, self.n_scale)
+        if any(type(size) is not int or not 1 <= size <= MAX_AXIS for size in sizes):
+            raise LayoutError(
+                f"layer {self.name!r} needs out, n_in and n_scale of 1 to {MAX_AXIS}, got {sizes}"
+            )
+        if not (isinstance(self.scale, float | int) and MIN_SCALE <= self.scale <= MAX_SCALE):
+            raise LayoutError(
+                f"layer {self.name!r} has scale {self.scale!r}, expected {MIN_SCALE} to {MAX_SCALE}"
+            )
 
     @property
     def span(self) -> slice:
@@ -59,7 +78,7 @@ class ThresholdLayout:
     """The ordered masked layers of a model: the meaning of a flat float32 threshold vector.
 
     Raises:
-        LayoutError: no layers, a repeated name, sizes that are not positive, or offsets with gaps or overlaps.
+        LayoutError: no layers or too many, a repeated name, or offsets with gaps or overlaps.
     """
 
     layers: tuple[Layer, ...]
@@ -67,20 +86,14 @@ class ThresholdLayout:
     def __post_init__(self) -> None:
         if not 0 < len(self.layers) <= MAX_LAYERS:
             raise LayoutError(f"a layout needs 1 to {MAX_LAYERS} masked layers, got {len(self.layers)}")
-        for layer in self.layers:
-            if min(layer.out, layer.n_in, layer.n_scale) < 1:
-                raise LayoutError(f"layer {layer.name!r} needs out, n_in and n_scale of at least 1: {layer}")
-            if not MIN_SCALE <= layer.scale <= MAX_SCALE:
-                raise LayoutError(
-                    f"layer {layer.name!r} has scale {layer.scale!r}, not {MIN_SCALE} to {MAX_SCALE}"
-                )
         if len({layer.name for layer in self.layers}) != len(self.layers):
-            raise LayoutError(f"layer names repeat: {[layer.name for layer in self.layers]}")
-        ends = [0, *(layer.span.stop for layer in self.layers)]
-        for layer, start in zip(self.layers, ends, strict=False):
-            if layer.offset != start:
-                raise LayoutError(f"layer {layer.name!r} starts at {layer.offset}, expected {start}")
-        if not all(a < b for a, b in pairwise(ends)) or self.size > MAX_THRESHOLDS:
+            raise LayoutError(f"layer names repeat: {[layer.name for layer in self.layers][:8]}")
+        start = 0
+        for layer in self.layers:
+            if type(layer.offset) is not int or layer.offset != start:
+                raise LayoutError(f"layer {layer.name!r} starts at {layer.offset!r}, expected {start}")
+            start += layer.out
+        if self.size > MAX_THRESHOLDS:
             raise LayoutError(f"a layout holds at most {MAX_THRESHOLDS} thresholds, got {self.size}")
 
     @cached_property

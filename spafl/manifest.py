@@ -1,6 +1,8 @@
 """What a bundle says about itself: `manifest.json`."""
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,7 +18,7 @@ from pydantic import (
 
 from spafl.canonical import canonical_json, sha256_hex
 from spafl.errors import BundleError, LayoutError
-from spafl.layout import ThresholdLayout
+from spafl.layout import MAX_AXIS, MAX_NAME, ThresholdLayout
 
 FORMAT = "spafl-bundle"
 FORMAT_VERSION = 1
@@ -63,8 +65,8 @@ class StateTensor(_Frozen):
     rows    True where the train step takes and returns only the active rows of it
     """
 
-    name: str
-    shape: tuple[int, ...]
+    name: str = Field(min_length=1, max_length=2 * MAX_NAME)
+    shape: tuple[Annotated[int, Field(ge=1, le=MAX_AXIS)], ...] = Field(max_length=8)
     role: Literal["weight", "threshold", "parameter", "statistic"]
     layer: str | None = None
     rows: bool = False
@@ -150,15 +152,21 @@ class Manifest(_Frozen):
         if len(shapes) != len(self.state):
             raise ValueError("state tensor names repeat")
         for layer in self.layout.layers:
-            if shapes.get(layer.threshold) != (layer.out,) or shapes.get(layer.weight, (0,))[0] != layer.out:
+            weight = shapes.get(layer.weight, ())
+            if shapes.get(layer.threshold) != (layer.out,) or weight[:1] != (layer.out,):
                 raise ValueError(
                     f"the state lacks the weight or threshold of layer {layer.name!r}, or their shapes differ"
                 )
+            if math.prod(weight[1:]) != layer.n_in:
+                raise ValueError(f"{layer.weight} {weight} has not {layer.n_in} weights per filter")
         named = {file for engine in self.engines.values() for file in engine.files.values()}
         if missing := named - set(self.files):
             raise ValueError(f"engine files are not in the bundle: {sorted(missing)}")
+        if folders := {name.partition("/")[0] for name in self.files if "/" in name} & set(self.files):
+            raise ValueError(f"both files and folders: {sorted(folders)}")
         if sum(entry.bytes for entry in self.files.values()) > MAX_BUNDLE_BYTES:
             raise ValueError(f"more than {MAX_BUNDLE_BYTES} bytes of files")
+        canonical_json(self.model_dump(mode="json"))  # a number that has no canonical spelling has no id
         return self
 
     @property
@@ -175,15 +183,37 @@ class Manifest(_Frozen):
         """Returns the manifest in `data`.
 
         Raises:
-            BundleError: too large, not a manifest, of another format version, or contradicting itself.
+            BundleError: too large, not a manifest, of another format version, contradicting itself, or not written
+                canonically: its id would not be the hash of `data`.
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"manifest of {len(data)} bytes, expected at most {MAX_MANIFEST_BYTES}")
         try:
-            return cls.model_validate_json(data)
+            manifest = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "manifest.json"
             raise BundleError(
-                f"not a bundle this version reads ({FORMAT} {FORMAT_VERSION}): {where}: {first['msg']}"
+                f"not a bundle this version reads ({FORMAT} {FORMAT_VERSION}): {_first(error)}"
             ) from error
+        if manifest.to_bytes() != data:
+            raise BundleError("the manifest is not canonical JSON, so its hash is not the bundle's id")
+        return manifest
+
+    def holding(self, files: Mapping[str, bytes]) -> Self:
+        """Returns this manifest with `files` as its files, sized and hashed.
+
+        Raises:
+            BundleError: unsafe names, too many or too large files, or an engine's file is not among them.
+        """
+        entries = {
+            name: {"bytes": len(data), "sha256": sha256_hex(data)} for name, data in sorted(files.items())
+        }
+        try:
+            return self.model_validate({**self.model_dump(), "files": entries})
+        except ValidationError as error:
+            raise BundleError(f"these files make no bundle: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "manifest.json"
+    return f"{where}: {first['msg']}"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import safetensors.numpy
 
 from spafl.errors import WireError
 from spafl.layout import Floats, ThresholdLayout
@@ -40,12 +39,14 @@ def max_body_bytes(layout: ThresholdLayout) -> int:
 
 
 def encode_thresholds(layout: ThresholdLayout, thresholds: Thresholds, precision: Precision = "f32") -> bytes:
-    """Returns the body for `thresholds`: about 140 bytes more than the raw values.
+    """Returns the body for `thresholds`, about 140 bytes more than the raw values; equal inputs give equal bytes.
 
     Raises:
-        WireError: the values are not (size,), not finite, or too large for f16.
+        WireError: the values are not (size,), not finite, or too large for f16, or the version is out of range.
     """
     values = np.asarray(thresholds.values)
+    if not 0 <= thresholds.version <= MAX_VERSION:
+        raise WireError(f"expected a version of 0 to {MAX_VERSION}, got {thresholds.version}")
     if values.shape != (layout.size,):
         raise WireError(f"layout {layout.id} has {layout.size} thresholds, got shape {values.shape}")
     with np.errstate(over="ignore"):
@@ -54,8 +55,14 @@ def encode_thresholds(layout: ThresholdLayout, thresholds: Thresholds, precision
         raise WireError(
             f"{int((~np.isfinite(values)).sum())} thresholds are not finite in {precision}: not sent"
         )
-    metadata = {"layout": layout.id, "version": str(thresholds.version)}
-    return safetensors.numpy.save({TENSOR: values}, metadata)
+    # written here, not by safetensors: it orders metadata at random, and an update sent twice must be the same bytes
+    header = {
+        "__metadata__": {"layout": layout.id, "version": str(thresholds.version)},
+        TENSOR: {"dtype": precision.upper(), "shape": [layout.size], "data_offsets": [0, values.nbytes]},
+    }
+    text = json.dumps(header, separators=(",", ":"))
+    text += " " * (-len(text) % 8)  # values start at a multiple of 8, as safetensors asks
+    return struct.pack("<Q", len(text)) + text.encode() + values.tobytes()
 
 
 def decode_thresholds(layout: ThresholdLayout, body: bytes) -> Thresholds:
@@ -78,8 +85,10 @@ def decode_thresholds(layout: ThresholdLayout, body: bytes) -> Thresholds:
     if dtype not in ("F32", "F16"):
         raise WireError(f"expected dtype F32 or F16, got {dtype!r}")
     nbytes = layout.size * (4 if dtype == "F32" else 2)
-    if tensor.get("shape") != [layout.size] or tensor.get("data_offsets") != [0, nbytes]:
-        raise WireError(f"expected shape [{layout.size}], got {tensor.get('shape')!r}")
+    # compared as text: in Python [1] == [1.0] == [True], to other readers of safetensors these differ
+    shape, offsets = str(tensor.get("shape")), str(tensor.get("data_offsets"))
+    if shape != f"[{layout.size}]" or offsets != f"[0, {nbytes}]":
+        raise WireError(f"expected shape [{layout.size}] at [0, {nbytes}], got {shape} at {offsets}")
     if len(body) - start != nbytes:
         raise WireError(f"expected {nbytes} bytes of values, got {len(body) - start}")
     if not isinstance(metadata, dict) or metadata.get("layout") != layout.id:
@@ -102,12 +111,12 @@ def _header(body: bytes) -> tuple[dict[str, Any], int]:
     (length,) = struct.unpack_from("<Q", body)
     if length > MAX_HEADER_BYTES or 8 + length > len(body):
         raise WireError(f"header of {length} bytes, expected at most {min(MAX_HEADER_BYTES, len(body) - 8)}")
+    if body[8:9] != b"{":
+        raise WireError("the header is not a JSON object")
     try:
-        header = json.loads(body[8 : 8 + length], object_pairs_hook=_unique)
+        header = json.loads(body[8 : 8 + length].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise WireError("the header is not a JSON object")
     return header, 8 + length
 
 
