@@ -1,0 +1,77 @@
+"""Datasets as .npz files: what `spafl data split` writes for each device, and anyone's own arrays."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset import MAX_BYTES, Dataset, Split, split_off_test
+from trainer.errors import DataError
+
+_KEYS = {"x": "x_train", "y": "y_train", "x_test": "", "y_test": "", "labels": ""}
+"""Array name -> the other name it goes by elsewhere (Keras' mnist.npz)."""
+
+
+def load_arrays(path: Path, *, seed: int = 0) -> Split:
+    """Returns the dataset in an .npz of arrays `x` and `y` (n,); nothing is unpickled.
+
+    `x` is (n, channels, height, width), (n, height, width) or (n, features).
+    `x_test` and `y_test` are the test examples, else a fifth is split off; `labels` (labels,) are names, else numbers.
+
+    Raises:
+        DataError: not such a file, larger than `MAX_BYTES`, arrays missing, or of dtypes and shapes that do not fit.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_BYTES:
+            raise DataError(f"{path} unpacks to {size} bytes, expected at most {MAX_BYTES}")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                name: file[found] for name, other in _KEYS.items() for found in (name, other) if found in file
+            }
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot read {path} as .npz of plain arrays: {error}") from error
+    if missing := {"x", "y"} - set(arrays):
+        raise DataError(
+            f"{path} lacks the arrays {sorted(missing)}: expected x and y, or x_train and y_train"
+        )
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise DataError(f"{path} has only one of x_test and y_test")
+    labels = _labels(arrays)
+    train = Dataset(_examples(arrays["x"]), _indices(arrays["y"]), labels)
+    if "x_test" not in arrays:
+        return split_off_test(train, seed=seed)
+    return Split(train, Dataset(_examples(arrays["x_test"]), _indices(arrays["y_test"]), labels))
+
+
+def save_arrays(path: Path, train: Dataset, test: Dataset | None = None) -> None:
+    """Returns nothing; writes `train` as x and y, `test` as x_test and y_test, and the label names."""
+    arrays: dict[str, NDArray[Any]] = {"x": train.x, "y": train.y, "labels": np.array(train.labels)}
+    if test is not None:
+        arrays |= {"x_test": test.x, "y_test": test.y}
+    # not compressed: images hardly shrink, and a device reads the file at every start
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def _examples(x: NDArray[Any]) -> NDArray[Any]:
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise DataError(f"images of shape {x.shape[1:]} have their channels last: transpose to (0, 3, 1, 2)")
+    return x.astype(np.float32) if x.dtype.kind == "f" else x
+
+
+def _indices(y: NDArray[Any]) -> NDArray[np.int64]:
+    if y.dtype.kind not in "iu" or (y.ndim == 2 and y.shape[1] != 1):
+        raise DataError(f"expected y (n,) of integers, got {y.shape} {y.dtype}")
+    return y.reshape(len(y)).astype(np.int64)
+
+
+def _labels(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    if "labels" in arrays:
+        return tuple(map(str, arrays["labels"].ravel()))
+    return tuple(map(str, range(max(2, 1 + int(_indices(arrays["y"]).max(initial=0))))))
