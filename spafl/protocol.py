@@ -15,6 +15,21 @@ METRICS_HEADER = "Spafl-Metrics"
 
 RunState = Literal["created", "running", "paused", "finished", "stopped"]
 RoundState = Literal["open", "aggregated", "failed"]
+EventKind = Literal[
+    "run.created",
+    "run.started",
+    "run.paused",
+    "run.resumed",
+    "run.stopped",
+    "run.finished",
+    "round.opened",
+    "round.extended",
+    "round.aggregated",
+    "round.failed",
+    "lease.granted",
+    "lease.expired",
+    "update.accepted",
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 BundleId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -216,21 +231,7 @@ class Event(Message):
     id: int
     time: Seconds
     run: str
-    kind: Literal[
-        "run.created",
-        "run.started",
-        "run.paused",
-        "run.resumed",
-        "run.stopped",
-        "run.finished",
-        "round.opened",
-        "round.extended",
-        "round.aggregated",
-        "round.failed",
-        "lease.granted",
-        "lease.expired",
-        "update.accepted",
-    ]
+    kind: EventKind
     round: int | None = None
     device: str | None = None
     data: dict[str, int | float | str | bool | list[float] | None] = {}
