@@ -86,7 +86,7 @@ def decode_thresholds(layout: ThresholdLayout, body: bytes) -> Thresholds:
         raise WireError(f"expected dtype F32 or F16, got {dtype!r}")
     nbytes = layout.size * (4 if dtype == "F32" else 2)
     # compared as text: in Python [1] == [1.0] == [True], to other readers of safetensors these differ
-    shape, offsets = str(tensor.get("shape")), str(tensor.get("data_offsets"))
+    shape, offsets = repr(tensor.get("shape")), repr(tensor.get("data_offsets"))
     if shape != f"[{layout.size}]" or offsets != f"[0, {nbytes}]":
         raise WireError(f"expected shape [{layout.size}] at [0, {nbytes}], got {shape} at {offsets}")
     if len(body) - start != nbytes:
