@@ -22,7 +22,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypeAlias, TypeVar
+from typing import IO, Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -45,6 +45,9 @@ _PRIVATE = 0o600
 
 _Model = TypeVar("_Model", Identity, Journal)
 
+Outcome = Literal["updates", "late", "local"]
+"""What became of a round: counted as an update, too late for it, or trained without a server."""
+
 Checkpoint: TypeAlias = dict[str, NDArray[Any]]
 """An engine's mid-round tensors by name: the state's, `momentum.<name>` and `active.<layer>`."""
 
@@ -66,7 +69,7 @@ class DeviceState:
         self._lock = _locked(self.path / _LOCK)
         try:
             self.identity = read_identity(self.path)
-            self.journal = read_journal(self.path)
+            self._journal = read_journal(self.path)
             self._sweep()
         except BaseException:
             self.close()
@@ -101,7 +104,7 @@ class DeviceState:
         Raises:
             StateError: the state belongs to another run or bundle.
         """
-        journal = self.journal or Journal(run=lease.run, bundle=lease.bundle)
+        journal = self._journal or Journal(run=lease.run, bundle=lease.bundle)
         if (journal.run, journal.bundle) != (lease.run, lease.bundle):
             raise StateError(
                 f"{self.path} holds the model of run {journal.run!r}, bundle {journal.bundle[:12]}, not of "
@@ -111,14 +114,13 @@ class DeviceState:
 
     def checkpointed(self, tensors: Mapping[str, NDArray[Any]], base: Floats, progress: Progress) -> None:
         """Returns nothing; phase is `training`, to be resumed from `tensors` at `progress`."""
-        journal = self._known()
+        journal = self.journal
         name = self._save(f"checkpoint-{journal.sequence}", tensors, base)
         self._commit(journal, phase="training", checkpoint=name, progress=progress)
 
     def trained(self, tensors: Mapping[str, Floats], base: Floats, metrics: str) -> None:
         """Returns nothing; phase is `trained`: `tensors` are the model at rest, their thresholds the update."""
-        journal = self._known()
-        lease = self.lease
+        journal, lease = self.journal, self.lease
         name = self._save(f"state-{journal.sequence}", tensors, base)
         self._commit(
             journal,
@@ -131,15 +133,15 @@ class DeviceState:
             trained=journal.trained + 1,
         )
 
-    def reported(self, *, counted: bool) -> None:
-        """Returns nothing; phase is `idle`. The training stays in the weights, counted by the server or not."""
-        journal = self._known()
-        tally = {"updates": journal.updates + 1} if counted else {"late": journal.late + 1}
+    def settled(self, outcome: Outcome) -> None:
+        """Returns nothing; phase is `idle`. The training stays in the weights whatever the outcome."""
+        journal = self.journal
+        tally = {} if outcome == "local" else {outcome: getattr(journal, outcome) + 1}
         self._commit(journal, phase="idle", lease=None, metrics=None, **tally)
 
     def diverged(self) -> None:
         """Returns nothing; phase is `idle` and the model as it was before the round, which is left out from now on."""
-        journal = self._known()
+        journal = self.journal
         self._commit(
             journal,
             phase="idle",
@@ -151,33 +153,45 @@ class DeviceState:
         )
 
     @property
+    def begun(self) -> bool:
+        """Returns whether there is a model here yet: a first lease was taken."""
+        return self._journal is not None
+
+    @property
+    def journal(self) -> Journal:
+        """Returns the journal.
+
+        Raises:
+            StateError: no lease was ever taken.
+        """
+        if self._journal is None:
+            raise StateError(
+                f"{self.path} holds no model yet: `spafl device run` or `spafl device train` makes one"
+            )
+        return self._journal
+
+    @property
     def lease(self) -> Lease:
         """Returns the lease being worked on.
 
         Raises:
             StateError: there is none.
         """
-        lease = self._known().lease
-        if lease is None:
-            raise StateError(f"{self.path} holds no lease: its phase is {self._known().phase}")
-        return lease
+        if self.journal.lease is None:
+            raise StateError(f"{self.path} holds no lease: its phase is {self.journal.phase}")
+        return self.journal.lease
 
     def rest(self, bundle: Bundle) -> tuple[dict[str, Floats], Floats]:
         """Returns the model at rest: its tensors by name, and the `base` (size,) they have caught up to."""
-        return read_rest(self.path, self._known(), bundle)
+        return read_rest(self.path, self.journal, bundle)
 
     def resumed(self) -> tuple[Checkpoint, Floats, Progress]:
         """Returns the checkpoint of the round being trained, the `base` it began from, and how far it is."""
-        journal = self._known()
+        journal = self.journal
         if journal.checkpoint is None or journal.progress is None:
             raise StateError(f"{self.path} holds no checkpoint: its phase is {journal.phase}")
         tensors, base = _load(self.path / journal.checkpoint)
         return tensors, base, journal.progress
-
-    def _known(self) -> Journal:
-        if self.journal is None:
-            raise StateError(f"{self.path} holds no model yet: check in with `spafl device run`")
-        return self.journal
 
     def _save(self, stem: str, tensors: Mapping[str, NDArray[Any]], base: Floats) -> str:
         name = f"{stem}.safetensors"
@@ -190,12 +204,12 @@ class DeviceState:
 
     def _commit(self, journal: Journal, **changes: Any) -> None:
         changed = {**dict(journal), **changes, "sequence": journal.sequence + 1}
-        self.journal = Journal.model_validate(changed)
-        _replace(self.path / _JOURNAL, self.journal.model_dump_json(indent=1).encode())
+        self._journal = Journal.model_validate(changed)
+        _replace(self.path / _JOURNAL, self._journal.model_dump_json(indent=1).encode())
         self._sweep()
 
     def _sweep(self) -> None:
-        named = {self.journal.state, self.journal.checkpoint} if self.journal else set()
+        named = {self._journal.state, self._journal.checkpoint} if self._journal else set()
         for file in [*self.path.glob("*.safetensors"), *self.path.glob("*.part")]:
             if file.is_file() and file.name not in named:
                 file.unlink(missing_ok=True)
