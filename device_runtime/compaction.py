@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from device_runtime.engines.engine import EngineError
-from device_runtime.engines.onnx import options, predict, session, supply_state
+from device_runtime.engines.onnx import logits, options, session, supply_state
 from spafl import algorithm
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
@@ -102,7 +102,7 @@ def compact(
         _save(bundle, "infer", state, small, threads)
         _save(bundle, "masked", state, whole, threads)
         models = [session(str(path), options(threads, spinning=False)) for path in (small, whole)]
-        got, expected = (predict(model, examples) for model in models)
+        got, expected = (logits(model, examples) for model in models)
         difference = float(np.abs(got - expected).max())
         relative = difference / max(float(np.abs(expected).max()), 1e-30)
         agreement = _agreement(got, expected, difference)
@@ -136,7 +136,7 @@ def compact(
     return proof
 
 
-def predict_file(model: Path, x: Floats, *, threads: int = 1) -> Floats:
+def predict(model: Path, x: Floats, *, threads: int = 1) -> Floats:
     """Returns logits (n, labels) of a compact model file for x (n, *shape) float32.
 
     Raises:
@@ -144,7 +144,7 @@ def predict_file(model: Path, x: Floats, *, threads: int = 1) -> Floats:
     """
     if not model.is_file():
         raise EngineError(f"no model at {model}: make one with `spafl device compact`")
-    return predict(session(str(model), options(threads, spinning=False)), x)
+    return logits(session(str(model), options(threads, spinning=False)), x)
 
 
 def _save(bundle: Bundle, role: str, state: Mapping[str, Floats], path: Path, threads: int) -> None:
@@ -204,7 +204,7 @@ def _figures(manifest: Manifest, kept: Mapping[str, int], model: Path, latency: 
     outs = {entry.layer: entry.out for entry in manifest.compaction}
     for entry in manifest.compaction:
         columns = entry.n_in
-        if entry.reads in kept:
+        if entry.reads is not None and entry.reads in kept:
             columns = columns * kept[entry.reads] // outs[entry.reads]
         size = kept.get(entry.layer, entry.out) * columns
         weights += size

@@ -79,13 +79,22 @@ class Flow:
 
 
 class ChannelFlows:
-    """The flows of all masked layers of a sparsified model, followed on an example (1, *shape)."""
+    """The flows of all masked layers of a sparsified model, followed on an example of `shape`.
+
+    by_layer    flow by masked layer
+    positions   outputs per filter and example, by layer with weights
+    """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         graph = trace(model)
         ShapeProp(graph).propagate(torch.zeros(2, *shape))
         self.modules = dict(model.named_modules())
         nodes = calls(graph.graph)
+        self.positions = {
+            name: _positions(_shape(node), self.modules[name])
+            for name, node in nodes.items()
+            if isinstance(self.modules[name], nn.Conv2d | nn.Linear)
+        }
         self.by_layer = {
             name: self._follow(name, nodes[name]) for name in masked_layers(model) if name in nodes
         }
@@ -198,6 +207,11 @@ def _is(kind: object, known: tuple[object, ...]) -> bool:
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["tensor_meta"].shape)
+
+
+def _positions(shape: tuple[int, ...], layer: nn.Module) -> int:
+    """Returns how many outputs each filter of `layer` has per example, given its output's `shape`."""
+    return torch.Size(shape[2:] if isinstance(layer, nn.Conv2d) else shape[1:-1]).numel()
 
 
 def _flattened(before: fx.Node, after: fx.Node) -> int:

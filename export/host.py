@@ -42,6 +42,16 @@ class GraphHost:
         self.momenta = {name: np.zeros_like(self.rows.get(name, self.state[name])) for name in trained}
         return out
 
+    def synchronise(self, state: Mapping[str, Floats], momenta: Mapping[str, Floats]) -> None:
+        """Returns nothing; the round goes on from the given whole state and momenta, with the same active rows."""
+        self.state, self.momenta = dict(state), dict(momenta)
+        for tensor in self.manifest.state:
+            if tensor.rows:
+                index = self.active[str(tensor.layer)]
+                self.rows[tensor.name] = state[tensor.name][index]
+                if tensor.trained:
+                    self.momenta[tensor.name] = momenta[tensor.name][index]
+
     def step(self, x: Floats, y: NDArray[np.int64], h: Hyperparameters) -> tuple[float, int]:
         """Returns mean task loss and right predictions of one step."""
         scalars = {

@@ -88,9 +88,19 @@ class TrainStep(_Frozen):
 
 
 class Compaction(_Frozen):
-    """What compaction does with a layer's pruned filters: drop them, or keep them for `reason`."""
+    """A layer with weights, what it costs, and what compaction does with its pruned filters.
+
+    out, n_in   filters and weights per filter
+    positions   outputs per filter and example: H * W of a convolution's output, 1 of a linear layer on (N, features)
+    reads       the layer whose channels it reads and whose dropped ones it leaves out; None: it reads all there are
+    drops       whether its pruned filters are dropped; `reason` says why, or why not
+    """
 
     layer: str
+    out: int = Field(ge=1)
+    n_in: int = Field(ge=1)
+    positions: int = Field(ge=1)
+    reads: str | None
     drops: bool
     reason: str
 

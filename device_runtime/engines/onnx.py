@@ -34,7 +34,8 @@ def options(threads: int, spinning: bool) -> ort.SessionOptions:
 def supply_state(chosen: ort.SessionOptions, state: Mapping[str, Floats]) -> list[ort.OrtValue]:
     """Returns the values a session made with `chosen` will use as its external initialisers.
 
-    Keep them as long as the session: it may read their memory without owning it. Not add_initializer: constant folding ignores that and keeps the old weights, without a word.
+    Keep them as long as the session: it may read their memory without owning it. Not by add_initializer: constant
+    folding ignores that and keeps the old weights, without a word.
     """
     values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for value in state.values()]
     chosen.add_external_initializers(list(state), values)
@@ -55,7 +56,7 @@ def session(model: bytes | str, chosen: ort.SessionOptions) -> ort.InferenceSess
         ) from error
 
 
-def predict(graph: ort.InferenceSession, x: Floats) -> Floats:
+def logits(graph: ort.InferenceSession, x: Floats) -> Floats:
     """Returns logits (n, labels) of an inference session for x (n, *shape), in batches that bound its memory."""
     starts = range(0, max(len(x), 1), PREDICTION_BATCH)
     return np.concatenate([graph.run(["logits"], {"x": x[at : at + PREDICTION_BATCH]})[0] for at in starts])
@@ -148,9 +149,9 @@ class OnnxEngine:
         """Returns logits (n, labels); see `Engine`."""
         chosen = options(self._threads, self._spinning)
         held = supply_state(chosen, state)
-        logits = predict(session(self._file("infer"), chosen), x)
+        result = logits(session(self._file("infer"), chosen), x)
         del held  # not before: the session reads it
-        return logits
+        return result
 
     def _current(self) -> "_Round":
         if self._round is None:

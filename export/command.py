@@ -1,0 +1,211 @@
+"""`spafl export`: a PyTorch model becomes a bundle."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from export.build import Export, export_bundle
+from export.parity import Check
+from export.source import load_model
+from spafl.errors import SettingsError
+from spafl.manifest import InputSpec
+from trainer.data import Split, input_spec, model_input, open_dataset
+from trainer.sparsify import sparsify
+
+app = typer.Typer(rich_markup_mode=None)
+console = Console(stderr=True)
+
+
+class StraightThrough(str, Enum):
+    """How gradients pass the mask."""
+
+    identity = "identity"
+    cifar_release = "cifar-release"
+
+
+class Scale(str, Enum):
+    """The unit of the thresholds."""
+
+    unit = "unit"
+    layer = "layer"
+
+
+class Divisor(str, Enum):
+    """What a convolution's catch-up step is divided by."""
+
+    kernel = "kernel"
+    n_in = "n_in"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="lenet5, conv4, or module:function returning a torch.nn.Module.")
+    ],
+    out: Annotated[Path, typer.Option(help="Bundle to write: a .zip, or a directory.")] = Path("bundle.zip"),
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Dataset for labels, input scaling and the parity check: digits, a folder, .zip or .npz."
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Input shape such as 3,32,32, where no data tells it.")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(min=2, help="Number of labels, where no data tells it.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start weights: .safetensors, or a torch state_dict.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; the model's by default.")] = None,
+    gate: Annotated[
+        bool, typer.Option(help="Pruned channels are exactly 0 behind their norm. --no-gate: as published.")
+    ] = True,
+    mask_head: Annotated[
+        bool, typer.Option("--mask-head", help="Mask the output layer too, as published.")
+    ] = False,
+    ste: Annotated[
+        StraightThrough, typer.Option(help="Straight-through surrogate of the mask's gradient.")
+    ] = (StraightThrough.identity),
+    scale: Annotated[
+        Scale, typer.Option(help="Unit of the thresholds: 1, or each layer's mean |w| now.")
+    ] = Scale.unit,
+    conv_divisor: Annotated[
+        Divisor,
+        typer.Option(help="Divisor of a convolution's catch-up step: kh*kw as published, or its inputs."),
+    ] = Divisor.kernel,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of the parity check.")] = 0,
+    parity: Annotated[bool, typer.Option(help="Check every graph against PyTorch before writing.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Turn a PyTorch model into a bundle that devices train, and prove that it computes the same."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise SettingsError(f"name {name!r}: expected letters, digits, '.', '_' and '-', at most 64")
+    split = open_dataset(data) if data else None
+    plain = load_model(model, labels or (len(split.train.labels) if split else None), init, seed)
+    spec = _input(plain, split, shape)
+    sparse = sparsify(plain, gate=gate, mask_head=mask_head, ste=ste.value, scale=scale.value)
+    outputs = _outputs(sparse, spec)
+    texts = split.train.labels if split else tuple(str(label) for label in range(labels or outputs))
+    if len(texts) != outputs:
+        raise SettingsError(
+            f"the model has {outputs} outputs, but there are {len(texts)} labels: {texts[:12]}"
+        )
+    started = time.perf_counter()
+    result = export_bundle(
+        sparse,
+        out,
+        name=name or re.sub(r"[^A-Za-z0-9._-]", "-", model.partition(":")[2] or model),
+        input=spec,
+        labels=texts,
+        options={
+            "model": model,
+            "gate": gate,
+            "mask_head": mask_head,
+            "ste": ste.value,
+            "scale": scale.value,
+            "conv_divisor": conv_divisor.value,
+        },
+        conv_divisor=conv_divisor.value,
+        parity=parity,
+        examples=(model_input(split.train.x[:2048], spec), split.train.y[:2048]) if split else None,
+        seed=seed,
+        stage=_stage,
+    )
+    if as_json:
+        typer.echo(json.dumps(_summary(result, out, time.perf_counter() - started)))
+    else:
+        _show(result, out)
+
+
+def _input(model: torch.nn.Module, split: Split | None, shape: str | None) -> InputSpec:
+    """Returns the input the data, `--shape` or the model itself names, in this order."""
+    if split is not None:
+        spec = input_spec(split.train)
+        wanted = getattr(model, "shape", spec.shape)
+        if spec.shape != wanted:
+            raise SettingsError(
+                f"the model takes {wanted}, the data's examples are {spec.shape}: choose another model"
+            )
+        return spec
+    if shape is not None:
+        try:
+            sizes = tuple(int(size) for size in shape.split(","))
+        except ValueError:
+            raise SettingsError(f"--shape {shape!r}: expected numbers such as 3,32,32") from None
+    elif (sizes := getattr(model, "shape", ())) == ():
+        raise SettingsError("what does the model take? Give --data, or --shape such as 3,32,32")
+    return InputSpec(shape=sizes, mean=(0.0,) * sizes[0], std=(1.0,) * sizes[0])
+
+
+def _outputs(model: torch.nn.Module, spec: InputSpec) -> int:
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *spec.shape))
+    except RuntimeError as error:
+        raise SettingsError(f"the model does not take examples of shape {spec.shape}: {error}") from error
+    if logits.dim() != 2 or len(logits) != 2:
+        raise SettingsError(f"expected logits (batch, labels), the model returned {tuple(logits.shape)}")
+    return int(logits.shape[1])
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    with console.status(f"{name} ..."):
+        yield
+    console.print(f"{name:<28} {time.perf_counter() - started:5.1f} s", style="dim", highlight=False)
+
+
+def _show(result: Export, out: Path) -> None:
+    manifest = result.bundle.manifest
+    if result.checks:
+        table = Table(title="Parity with PyTorch eager", title_justify="left")
+        for column in ("check", "density", "worst tensor", "difference", "allowed"):
+            table.add_column(
+                column, justify="right" if column in ("density", "difference", "allowed") else "left"
+            )
+        for check in result.checks:
+            density = "" if check.density is None else f"{check.density:g}"
+            worst = check.worst if check.difference else "all equal"
+            table.add_row(check.check, density, worst, f"{check.difference:.1e}", f"{check.tolerance:.0e}")
+        console.print(table)
+    console.print(
+        f"train step: {manifest.train_step.form} form. {manifest.train_step.reason}", highlight=False
+    )
+    weights = sum(entry.out * entry.n_in for entry in manifest.compaction)
+    typer.echo(
+        f"{out}: {manifest.name}, {manifest.layout.size} thresholds for {weights:,} weights, "
+        f"{sum(entry.bytes for entry in manifest.files.values()):,} bytes, id {result.bundle.id}"
+    )
+
+
+def _summary(result: Export, out: Path, seconds: float) -> dict[str, object]:
+    manifest = result.bundle.manifest
+    return {
+        "bundle": str(out),
+        "id": result.bundle.id,
+        "name": manifest.name,
+        "layout": manifest.layout.id,
+        "thresholds": manifest.layout.size,
+        "weights": sum(entry.out * entry.n_in for entry in manifest.compaction),
+        "train_step": manifest.train_step.model_dump(),
+        "checks": [_check(check) for check in result.checks],
+        "seconds": round(seconds, 2),
+    }
+
+
+def _check(check: Check) -> dict[str, object]:
+    return {name: getattr(check, name) for name in ("check", "density", "worst", "difference", "tolerance")}

@@ -1,0 +1,320 @@
+"""The proof that a bundle's graphs compute what PyTorch does, made before the bundle is written.
+
+Every step starts from eager's own state, so that differences cannot feed on themselves: float rounding alone makes
+two correct trainings part after some ten steps.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.host import Arrays, GraphHost, run, session
+from spafl import algorithm
+from spafl.errors import SpaflError
+from spafl.hyperparameters import Hyperparameters
+from spafl.layout import Floats
+from spafl.manifest import Manifest
+from trainer.local import Momenta, sgd_step, zero_momenta
+from trainer.sparsify import masked_layers
+
+DENSITIES = (1.0, 0.5, 0.3, 0.1)
+BATCHES = (16, 16, 7, 16, 5, 16, 16, 9, 16, 3)
+"""Batch sizes of the ten steps: whole ones and partial ones."""
+
+STEP_TOLERANCE = 1e-5
+"""Of a step's loss, next state and momenta, relative to the tensor's largest magnitude: some 100 float32 roundings."""
+CONDITION_FACTOR = 8.0
+"""Where a step is ill-conditioned, a graph may be this much further from float64 than float32 eager is itself."""
+ROUND_TOLERANCE = 1e-6
+"""Of begin and end of a round: a handful of roundings."""
+INFERENCE_TOLERANCE = 1e-5
+"""Of logits, relative to the largest: the bar for compact against masked."""
+
+
+class ParityError(SpaflError):
+    """A graph differs from PyTorch by more than its tolerance, so nothing was written. Names the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison: the worst tensor's difference, relative to its largest magnitude, and what is allowed."""
+
+    check: str
+    density: float | None
+    compared: int
+    worst: str
+    difference: float
+    tolerance: float
+
+
+def check_parity(
+    model: nn.Module,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    *,
+    seed: int = 0,
+    examples: tuple[Floats, NDArray[np.int64]] | None = None,
+    progress: Callable[[Check], None] = lambda check: None,
+) -> tuple[Check, ...]:
+    """Returns the checks passed by the graphs in `files` against the sparsified `model`.
+
+    examples  (n, *shape) and (n,) to train on; random ones if None
+
+    Raises:
+        ParityError: a difference is larger than its tolerance.
+    """
+    checks = []
+    for check in _checks(model, manifest, files, np.random.default_rng(seed), examples):
+        if not check.difference <= check.tolerance:  # NaN is no parity either
+            raise ParityError(
+                f"{check.check}{'' if check.density is None else f' at density {check.density}'}: {check.worst} "
+                f"differs from PyTorch by {check.difference:.1e}, allowed {check.tolerance:.1e}. No bundle was "
+                "written; please report the model"
+            )
+        checks.append(check)
+        progress(check)
+    return tuple(checks)
+
+
+def to_bytes(checks: tuple[Check, ...]) -> bytes:
+    """Returns the checks as `parity.json`, with the versions they hold for."""
+    versions = {"torch": torch.__version__, "onnxruntime": ort.__version__, "numpy": np.__version__}
+    return json.dumps(
+        {"versions": versions, "checks": [asdict(check) for check in checks]}, indent=1
+    ).encode()
+
+
+def thresholds_at(model: nn.Module, density: float, draw: np.random.Generator) -> dict[str, Floats]:
+    """Returns thresholds (out,) by name that leave a random share `density` of each layer active, at least one."""
+    thresholds = {}
+    for name, layer in masked_layers(model).items():
+        score = (layer.distance() + layer.threshold).detach().numpy()
+        on = draw.permutation(len(score))[: max(1, round(density * len(score)))]
+        threshold = score * np.float32(1.2)
+        threshold[on] = score[on] * np.float32(0.5)
+        thresholds[f"{name}.threshold"] = threshold.astype(np.float32)
+    return thresholds
+
+
+def _checks(
+    model: nn.Module,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    draw: np.random.Generator,
+    examples: tuple[Floats, NDArray[np.int64]] | None,
+) -> Iterator[Check]:
+    layout = manifest.layout
+    host = GraphHost(manifest, files)
+    for density in DENSITIES:
+        eager = copy.deepcopy(model)
+        _shake_norms(eager, draw)
+        target = layout.join(thresholds_at(eager, density, draw))
+        base = (target - draw.normal(0, 0.01, layout.size)).astype(np.float32)
+        state = _state(eager, manifest)
+        begun = host.begin_round(state, base, target)
+        expected, collapsed = algorithm.reset_collapsed(
+            layout, algorithm.apply_global(layout, state, base, target)
+        )
+        yield _compared("begin of a round against numpy", density, host.state, expected, ROUND_TOLERANCE)
+        yield _exact(
+            "active rows, densities and the collapse guard",
+            density,
+            _begun(manifest, expected, collapsed),
+            begun,
+        )
+
+        eager.load_state_dict(
+            {name: torch.from_numpy(value.copy()) for name, value in expected.items()}, strict=False
+        )
+        yield _threshold_gradients(eager, host, manifest, density, _batch(manifest, 16, draw, examples))
+        momenta = zero_momenta(eager)
+        worst: Check | None = None
+        for size in BATCHES:
+            batch = _batch(manifest, size, draw, examples)
+            found = _step(eager, momenta, host, manifest, density, batch)
+            worst = (
+                found
+                if worst is None or found.difference / found.tolerance > worst.difference / worst.tolerance
+                else worst
+            )
+        if worst is not None:
+            yield worst
+        trained = _state(eager, manifest)
+        host.synchronise(trained, _arrays(momenta))
+        host.state = {
+            **trained,
+            **{name: expected[name] for name in host.rows},
+        }  # rows go back into the old whole
+        ended = host.end_round()
+        yield _compared(
+            "end of a round against numpy",
+            density,
+            {**host.state, "thresholds": ended["thresholds"], "density": ended["density"]},
+            {
+                **trained,
+                "thresholds": layout.join(trained),
+                "density": np.array(list(algorithm.densities(layout, trained).values()), np.float32),
+            },
+            ROUND_TOLERANCE,
+        )
+        yield from _inference(eager, manifest, files, trained, density, draw, examples)
+
+
+def _threshold_gradients(
+    eager: nn.Module,
+    host: GraphHost,
+    manifest: Manifest,
+    density: float,
+    batch: tuple[Floats, NDArray[np.int64]],
+) -> Check:
+    """Returns the check of the task's own gradients of the thresholds: with the regulariser on, it hides their loss."""
+    h = Hyperparameters(lr=1e-3, coeff=0.0, momentum=0.0)
+    names = [layer.threshold for layer in manifest.layout.layers]
+    before = copy.deepcopy(eager), zero_momenta(eager)
+    host.synchronise(_state(eager, manifest), _arrays(before[1]))
+    host.step(*batch, h)
+    sgd_step(*before, *_tensors(batch), h)
+    expected = {name: before[1][name].numpy() for name in names}
+    if not any(value.any() for value in expected.values()):
+        raise ParityError("PyTorch itself gives the thresholds no gradient: is the model's output constant?")
+    got = {name: host.momenta[name] for name in names}
+    return _compared("threshold gradients, coeff = 0", density, got, expected, STEP_TOLERANCE * 10)
+
+
+def _step(
+    eager: nn.Module,
+    momenta: Momenta,
+    host: GraphHost,
+    manifest: Manifest,
+    density: float,
+    batch: tuple[Floats, NDArray[np.int64]],
+) -> Check:
+    """Returns the check of one step from eager's state; eager and its momenta move on."""
+    h = Hyperparameters(lr=0.01, threshold_lr=0.002, coeff=0.01, clip=1.0)
+    exact = copy.deepcopy(eager).double()
+    exact_momenta = {name: value.double() for name, value in momenta.items()}
+    host.synchronise(_state(eager, manifest), _arrays(momenta))
+    loss, _ = host.step(*batch, h)
+    step = sgd_step(eager, momenta, *_tensors(batch), h)
+
+    def view(model: nn.Module, of: Momenta) -> Arrays:
+        state, moved = _state(model, manifest), _arrays(of)
+        for tensor in manifest.state:
+            if tensor.rows:
+                index = host.active[str(tensor.layer)]
+                state[tensor.name] = state[tensor.name][index]
+                if tensor.trained:
+                    moved[tensor.name] = moved[tensor.name][index]
+        return {**state, **{f"momentum.{name}": value for name, value in moved.items()}}
+
+    got = {**host.state, **host.rows, **{f"momentum.{name}": value for name, value in host.momenta.items()}}
+    expected = view(eager, momenta)
+    got["loss"], expected["loss"] = np.asarray(loss), np.asarray(step.loss)
+    check = _compared("ten training steps", density, got, expected, STEP_TOLERANCE)
+    if check.difference <= STEP_TOLERANCE:
+        return check
+    # rounding the model itself cannot resolve, a ReLU at 0 or a batch variance near 0: float64 tells
+    exact_step = sgd_step(
+        exact, exact_momenta, torch.from_numpy(batch[0]).double(), torch.from_numpy(batch[1]), h
+    )
+    truth = {**view(exact, exact_momenta), "loss": np.asarray(exact_step.loss)}
+    allowed = CONDITION_FACTOR * max(_difference(expected[name], truth[name]) for name in expected)
+    return _compared("ten training steps", density, got, truth, max(STEP_TOLERANCE, allowed))
+
+
+def _inference(
+    eager: nn.Module,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    state: Mapping[str, Floats],
+    density: float,
+    draw: np.random.Generator,
+    examples: tuple[Floats, NDArray[np.int64]] | None,
+) -> Iterator[Check]:
+    x, _ = _batch(manifest, 33, draw, examples)
+    eager.eval()
+    with torch.no_grad():
+        expected = {"logits": eager(torch.from_numpy(x)).numpy()}
+    for role in ("masked", "infer"):
+        got = run(session(files[f"{role}.onnx"], state), {"x": x})
+        name = "compact inference" if role == "infer" else "masked inference"
+        yield _compared(name, density, got, expected, INFERENCE_TOLERANCE)
+
+
+def _begun(manifest: Manifest, state: Mapping[str, Floats], collapsed: list[str]) -> Arrays:
+    layers = manifest.layout.layers
+    masks = {layer.name: algorithm.mask(layer, state) for layer in layers}
+    rows = {str(tensor.layer) for tensor in manifest.state if tensor.rows}
+    expected: Arrays = {"collapsed": np.array([layer.name in collapsed for layer in layers])}
+    for name in rows:
+        index = np.flatnonzero(masks[name])
+        expected[f"active.{name}"] = index if len(index) else np.zeros(1, np.int64)
+    return expected
+
+
+def _exact(check: str, density: float, expected: Arrays, got: Arrays) -> Check:
+    wrong = [name for name, value in expected.items() if not np.array_equal(got[name], value)]
+    return Check(check, density, len(expected), wrong[0] if wrong else "all equal", float(len(wrong)), 0.0)
+
+
+def _compared(
+    check: str,
+    density: float,
+    got: Mapping[str, NDArray[np.floating]],
+    expected: Mapping[str, NDArray[np.floating]],
+    tolerance: float,
+) -> Check:
+    differences = {name: _difference(got[name], value) for name, value in expected.items()}
+    worst = max(differences, key=lambda name: (np.isnan(differences[name]), differences[name]))
+    return Check(check, density, len(expected), worst, differences[worst], tolerance)
+
+
+def _difference(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    if got.shape != expected.shape:
+        return float("nan")
+    if expected.size == 0:
+        return 0.0
+    scale = max(float(np.abs(expected).max()), 1e-12)
+    return float(np.abs(got.astype(np.float64) - expected).max()) / scale
+
+
+def _batch(
+    manifest: Manifest,
+    size: int,
+    draw: np.random.Generator,
+    examples: tuple[Floats, NDArray[np.int64]] | None,
+) -> tuple[Floats, NDArray[np.int64]]:
+    if examples is not None:
+        chosen = draw.integers(0, len(examples[1]), size)
+        return np.ascontiguousarray(examples[0][chosen], np.float32), examples[1][chosen]
+    x = draw.normal(0, 1, (size, *manifest.input.shape)).astype(np.float32)
+    return x, draw.integers(0, len(manifest.labels), size)
+
+
+def _tensors(batch: tuple[Floats, NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+
+
+def _state(model: nn.Module, manifest: Manifest) -> dict[str, Floats]:
+    values = model.state_dict()
+    return {tensor.name: values[tensor.name].numpy().copy() for tensor in manifest.state}
+
+
+def _arrays(momenta: Momenta) -> dict[str, Floats]:
+    return {name: value.numpy().copy() for name, value in momenta.items()}
+
+
+def _shake_norms(model: nn.Module, draw: np.random.Generator) -> None:
+    """Moves norms away from their start, where their shift is 0 and hides mistakes."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
+                for parameter in module.parameters():
+                    parameter.add_(torch.from_numpy(draw.normal(0, 0.2, parameter.shape).astype(np.float32)))

@@ -1,0 +1,75 @@
+"""The model to export: a name we know or `module:function`, and the weights it starts from."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from spafl.errors import SettingsError
+from trainer.models import MODELS
+
+
+def load_model(source: str, labels: int | None, init: Path | None, seed: int) -> nn.Module:
+    """Returns the ordinary PyTorch model of `source`, randomly initialised by `seed` or from `init`.
+
+    source  lenet5, conv4, or module:function, a function without arguments that returns an nn.Module
+    labels  outputs of the models we know; ten if None
+    init    a .safetensors file or a torch state_dict, of tensors under the model's own names
+
+    Raises:
+        SettingsError: no such model, or the weights are not its.
+    """
+    torch.manual_seed(seed)
+    if source in MODELS:
+        model = MODELS[source](labels or 10)
+    elif ":" in source:
+        model = _call(source)
+    else:
+        raise SettingsError(f"no model {source!r}: expected {', '.join(MODELS)} or module:function")
+    if init is not None:
+        _load(model, init)
+    return model
+
+
+def _call(source: str) -> nn.Module:
+    module, _, name = source.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: people keep models beside where they work
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"cannot import {source!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    model = function()
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"{source} returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise SettingsError(f"no weights at {path}")
+    if path.suffix == ".safetensors":
+        weights: dict[str, Tensor] = safetensors.torch.load_file(path)
+    else:
+        try:
+            # weights_only: a pickle can run anything, and this file may be anybody's
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises what the unpickler happens to raise
+            raise SettingsError(
+                f"{path} is not a state_dict of tensors: {str(error).splitlines()[0]}"
+            ) from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith(".threshold")}
+    if wrong := [
+        f"{name} {expected.get(name)} -> {got.get(name)}"
+        for name in {**expected, **got}
+        if expected.get(name) != got.get(name)
+    ]:
+        raise SettingsError(
+            f"{path} has other tensors than the model (model -> file): {'; '.join(wrong[:5])}"
+        )
+    model.load_state_dict({name: weights[name] for name in expected})
