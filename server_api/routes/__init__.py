@@ -1,0 +1,1 @@
+"""The HTTP surface, one module per noun; each is thin: parse, call the coordinator, answer."""
