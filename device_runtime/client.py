@@ -62,8 +62,6 @@ class Client:
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.server = server.rstrip("/")
-        if not self.server.startswith(("http://", "https://")):
-            raise SettingsError(f"server {server!r} is not a URL: expected http://host:port or https://host")
         self._token = token
         self._backoff = backoff or Backoff()
         self.wait = wait
@@ -77,6 +75,8 @@ class Client:
             )
         except httpx2.InvalidURL as error:
             raise SettingsError(f"server {server!r} is not a usable URL: {error}") from error
+        if self._http.base_url.scheme not in ("http", "https") or not self._http.base_url.host:
+            raise SettingsError(f"server {server!r} is not a URL: expected http://host:port or https://host")
 
     def __repr__(self) -> str:
         return f"Client({self.server!r})"

@@ -11,8 +11,6 @@ from spafl.canonical import sha256_hex
 from spafl.errors import BundleError
 from spafl.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 
-_CHUNK = 1 << 16
-
 
 def fetch_bundle(client: Client, bundle: str, path: Path) -> Bundle:
     """Returns bundle `bundle` at directory `path`, downloaded there unless it already is.
@@ -75,7 +73,7 @@ def _append(client: Client, url: str, entry: FileEntry, file: Path, size: int) -
         with file.open("r+b") as out:
             out.truncate(size)
             out.seek(size)
-            for chunk in response.iter_raw(_CHUNK):
+            for chunk in response.iter_raw():
                 size += len(chunk)
                 if size > entry.bytes:
                     raise BadAnswer(f"GET {url}: more than the {entry.bytes} bytes its manifest names")
