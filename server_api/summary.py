@@ -27,7 +27,7 @@ class Summary:
 def summarise(reports: Mapping[str, Report]) -> Summary:
     """Returns the summary of `reports` (device -> report), whatever their order."""
     metrics = [report.metrics for report in reports.values()]
-    layers = zip(*(((told, m.examples) for told in m.density) for m in metrics if m.density), strict=True)
+    layers = zip(*([(told, m.examples) for told in m.density] for m in metrics if m.density), strict=True)
     return Summary(
         loss=_mean((m.loss, m.examples) for m in metrics if m.loss is not None),
         accuracy=_mean((m.accuracy, m.examples) for m in metrics if m.accuracy is not None),

@@ -116,8 +116,14 @@ class OperatorClient:
         return self._one(RunView, "POST", f"/runs/{_segment(run)}/{action}")
 
     def rounds(self, run: str) -> list[RoundView]:
-        """Returns every round of the run, the oldest first."""
-        return self._many(RoundView, f"/runs/{_segment(run)}/rounds")
+        """Returns every round of the run, the oldest first; asked for page by page."""
+        rounds: list[RoundView] = []
+        while True:
+            after = rounds[-1].round if rounds else 0
+            page = self._many(RoundView, f"/runs/{_segment(run)}/rounds?after={after}")
+            if not page:
+                return rounds
+            rounds += page
 
     def round(self, run: str, round: int) -> RoundView:
         """Returns one round of the run."""

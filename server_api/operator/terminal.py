@@ -23,10 +23,18 @@ _COLOURS = {
     "stopped": "red",
 }
 
+_UNFOLDED = 1000
+
 
 def console(**options: Any) -> Console:
-    """Returns a console that prints names and reasons as they are: they come from outside and may hold markup."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    """Returns a console that prints names and reasons as they are: they come from outside and may hold markup.
+
+    Into a pipe or a file lines are as long as they are, for `grep` and `awk`.
+    """
+    console = Console(markup=False, emoji=False, highlight=False, **options)
+    if not console.is_terminal and "width" not in options:
+        console.width = _UNFOLDED
+    return console
 
 
 def run_table(runs: Iterable[RunView]) -> Table:
@@ -109,7 +117,9 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            column.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+        )
     return table
 
 
