@@ -195,7 +195,10 @@ def test_arrays_of_others(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 2), np.float32), "y": np.zeros(4)}, "integers"),
         ({"x": np.zeros((4, 2), np.float32), "y": np.arange(3)}, "expected 4 labels"),
         ({"x": np.full((4, 2), np.nan, np.float32), "y": np.arange(4)}, "NaN"),
-        ({"x": np.zeros((4, 2), np.float32), "y": np.arange(4), "x_test": np.zeros((1, 2))}, "only one of"),
+        (
+            {"x": np.zeros((4, 2), np.float32), "y": np.arange(4), "x_test": np.zeros((1, 2))},
+            "without labels",
+        ),
         ({"x": np.zeros((4, 2), np.float32), "y": np.arange(4), "labels": np.array(["a", "b"])}, "0 to 3"),
     ],
 )

@@ -11,15 +11,22 @@ from numpy.typing import NDArray
 from trainer.data.dataset import MAX_BYTES, Dataset, Split, split_off_test
 from trainer.errors import DataError
 
-_KEYS = {"x": "x_train", "y": "y_train", "x_test": "", "y_test": "", "labels": ""}
-"""Array name -> the other name it goes by elsewhere (Keras' mnist.npz)."""
+_NAMES = {
+    "x": ("x", "x_train"),
+    "y": ("y", "y_train"),
+    "x_test": ("x_val", "x_test"),
+    "y_test": ("y_val", "y_test"),
+    "labels": ("labels",),
+}
+"""Array -> the names it goes by: a device holds out `x_val`; Keras' mnist.npz has `x_train` and `x_test`."""
 
 
 def load_arrays(path: Path, *, seed: int = 0) -> Split:
     """Returns the dataset in an .npz of arrays `x` and `y` (n,); nothing is unpickled.
 
     `x` is (n, channels, height, width), (n, height, width) or (n, features).
-    `x_test` and `y_test` are the test examples, else a fifth is split off; `labels` (labels,) are names, else numbers.
+    `x_val` and `y_val` (or `x_test` and `y_test`) are the test examples, else a fifth is split off.
+    `labels` (labels,) are the labels' names, else they are numbers.
 
     Raises:
         DataError: not such a file, larger than `MAX_BYTES`, arrays missing, or of dtypes and shapes that do not fit.
@@ -30,9 +37,7 @@ def load_arrays(path: Path, *, seed: int = 0) -> Split:
         if size > MAX_BYTES:
             raise DataError(f"{path} unpacks to {size} bytes, expected at most {MAX_BYTES}")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                name: file[found] for name, other in _KEYS.items() for found in (name, other) if found in file
-            }
+            arrays = {array: file[name] for array, names in _NAMES.items() for name in names if name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path} as .npz of plain arrays: {error}") from error
     if missing := {"x", "y"} - set(arrays):
@@ -40,7 +45,7 @@ def load_arrays(path: Path, *, seed: int = 0) -> Split:
             f"{path} lacks the arrays {sorted(missing)}: expected x and y, or x_train and y_train"
         )
     if ("x_test" in arrays) != ("y_test" in arrays):
-        raise DataError(f"{path} has only one of x_test and y_test")
+        raise DataError(f"{path} has test examples without labels, or labels alone")
     labels = _labels(arrays)
     train = Dataset(_examples(arrays["x"]), _indices(arrays["y"]), labels)
     if "x_test" not in arrays:
@@ -49,10 +54,10 @@ def load_arrays(path: Path, *, seed: int = 0) -> Split:
 
 
 def save_arrays(path: Path, train: Dataset, test: Dataset | None = None) -> None:
-    """Returns nothing; writes `train` as x and y, `test` as x_test and y_test, and the label names."""
+    """Returns nothing; writes `train` as x and y, `test` as x_val and y_val, and the label names: a device's data."""
     arrays: dict[str, NDArray[Any]] = {"x": train.x, "y": train.y, "labels": np.array(train.labels)}
     if test is not None:
-        arrays |= {"x_test": test.x, "y_test": test.y}
+        arrays |= {"x_val": test.x, "y_val": test.y}
     # not compressed: images hardly shrink, and a device reads the file at every start
     np.savez(path, allow_pickle=False, **arrays)
 
