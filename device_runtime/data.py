@@ -100,7 +100,7 @@ def _class_folders(path: Path, manifest: Manifest) -> Parts:
 
 def _npz(path: Path, manifest: Manifest) -> Parts:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {path} as .npz of plain arrays: {error}") from error
