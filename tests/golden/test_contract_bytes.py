@@ -31,20 +31,21 @@ BODIES: dict[Precision, str] = {
 }
 
 MANIFEST = (
-    '{"compaction":[{"drops":true,"layer":"conv","reason":"followed by fc"}],"engines":{"onnx":'
-    '{"files":{"infer":"infer.onnx"},"ir_version":8,"operators":{"infer":{"Conv":1}},"opset":18'
-    '}},"files":{"infer.onnx":{"bytes":3,"sha256":"abababababababababababababababababababababab'
-    'abababababababababab"}},"format":"spafl-bundle","format_version":1,"input":{"mean":[0.1307'
-    '],"shape":[1,6,6],"std":[1]},"labels":["nein","schön"],"layout":[{"kind":"conv","n_in":25,'
-    '"n_scale":25,"name":"conv","offset":0,"out":2,"scale":1},{"kind":"linear","n_in":8,"n_scal'
-    'e":8,"name":"fc","offset":2,"out":1,"scale":0.25}],"name":"golden","options":{"gate":true,'
-    '"init_scale":0.5},"producer":{"spafl":"0.1.0"},"state":[{"layer":"conv","name":"conv.weigh'
-    't","role":"weight","rows":true,"shape":[2,1,5,5]},{"layer":"conv","name":"conv.threshold",'
-    '"role":"threshold","rows":true,"shape":[2]},{"layer":"fc","name":"fc.weight","role":"weigh'
-    't","rows":false,"shape":[1,8]},{"layer":"fc","name":"fc.threshold","role":"threshold","row'
-    's":false,"shape":[1]}],"train_step":{"form":"rows","reason":"gated"}}'
+    '{"compaction":[{"drops":true,"layer":"conv","n_in":25,"out":2,"positions":4,"reads":null,"'
+    'reason":"followed by fc"}],"engines":{"onnx":{"files":{"infer":"infer.onnx"},"ir_version":'
+    '8,"operators":{"infer":{"Conv":1}},"opset":18}},"files":{"infer.onnx":{"bytes":3,"sha256":'
+    '"abababababababababababababababababababababababababababababababab"}},"format":"spafl-bundl'
+    'e","format_version":1,"input":{"mean":[0.1307],"shape":[1,6,6],"std":[1]},"labels":["nein"'
+    ',"schön"],"layout":[{"kind":"conv","n_in":25,"n_scale":25,"name":"conv","offset":0,"out":2'
+    ',"scale":1},{"kind":"linear","n_in":8,"n_scale":8,"name":"fc","offset":2,"out":1,"scale":0'
+    '.25}],"name":"golden","options":{"gate":true,"init_scale":0.5},"producer":{"spafl":"0.1.0"'
+    '},"state":[{"layer":"conv","name":"conv.weight","role":"weight","rows":true,"shape":[2,1,5'
+    ',5]},{"layer":"conv","name":"conv.threshold","role":"threshold","rows":true,"shape":[2]},{'
+    '"layer":"fc","name":"fc.weight","role":"weight","rows":false,"shape":[1,8]},{"layer":"fc",'
+    '"name":"fc.threshold","role":"threshold","rows":false,"shape":[1]}],"train_step":{"form":"'
+    'rows","reason":"gated"}}'
 )
-MANIFEST_ID = "e7b44e5640aad526a9d1d6697e228d102de08f0f8e128bac11080360c5ac0d76"
+MANIFEST_ID = "ef5ce255597bb0b8a80ee61a36509ebb7bdba62710cddb18f82143dcab9f3536"
 
 
 def test_layout_id() -> None:
