@@ -52,7 +52,7 @@ class SqlStore(Store):
             raise SettingsError(
                 f"database {parsed.render_as_string()}: this version stores in sqlite:///path/to/file.db"
             )
-        self._engine = create_engine(parsed, pool_size=8, max_overflow=64)
+        self._engine = create_engine(parsed, pool_size=8, max_overflow=64, hide_parameters=True)
         sqlite.prepare(self._engine)
         self._writer = self._engine.execution_options(**{sqlite.WRITES: True})
         self._turn = threading.Lock()

@@ -27,7 +27,7 @@ def test_one_device_gets_its_own_thresholds_back():
 
 def test_sums_that_float32_could_not_hold():
     # in float32 the ones would be lost beside 2**24, and 3e38 twice would be infinite
-    result = mean([contribution("a", 1, 2.0**24, 3e38)] + [contribution("b", 1, 1, 3e38)], "plain")
+    result = mean([contribution("a", 1, 2.0**24, 3e38), contribution("b", 1, 1, 3e38)], "plain")
     np.testing.assert_array_equal(result, np.array([(2.0**24 + 1) / 2, 3e38], np.float32))
 
 
