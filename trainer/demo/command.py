@@ -45,8 +45,8 @@ def demo(
         float, typer.Option(help="Dirichlet parameter: the smaller, the fewer labels a device has.")
     ] = 0.5,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Images of each label to use of class folders.")
-    ] = None,
+        int, typer.Option(min=0, help="Images of each label to use of class folders; 0 uses all.")
+    ] = 500,
     epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs a round.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     coeff: Annotated[
@@ -86,7 +86,7 @@ def demo(
         seed=seed,
         at_once=at_once or max(2, os.cpu_count() or 2),
         hyperparameters=HYPERPARAMETERS[model.value].model_copy(update=given),
-        limit=limit,
+        limit=limit or None,
     )
     _make_room(plan)
     console = Console()
