@@ -25,7 +25,7 @@ class Hyperparameters(BaseModel):
     clip           largest global gradient norm; None means no clipping
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     epochs: int = Field(5, ge=1, le=1000)
     batch_size: int = Field(64, ge=1, le=4096)

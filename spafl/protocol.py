@@ -41,6 +41,12 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Request(Message):
+    """What a client decides: a number is a number here, never text or a truth value that could be read as one."""
+
+    model_config = ConfigDict(strict=True)
+
+
 class Problem(BaseModel):
     """An error as RFC 9457 problem+json; `type` ends in a stable word, `detail` says what to do next."""
 
@@ -53,7 +59,7 @@ class Problem(BaseModel):
     retry_after: float | None = None
 
 
-class Capabilities(Message):
+class Capabilities(Request):
     """What a device says about itself when it enrols or checks in."""
 
     engine: Annotated[str, Field(max_length=64)] = "onnx"
@@ -61,7 +67,7 @@ class Capabilities(Message):
     version: Annotated[str, Field(max_length=64)] = ""
 
 
-class EnrolmentRequest(Message):
+class EnrolmentRequest(Request):
     """Body of POST /v1/devices, sent with an enrolment key as bearer token."""
 
     name: Name | None = None
@@ -75,7 +81,7 @@ class Enrolment(Message):
     token: str
 
 
-class Policy(Message):
+class Policy(Request):
     """Conditions under which a device may train; a reading a device does not have counts as met."""
 
     min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 0
@@ -85,7 +91,7 @@ class Policy(Message):
     max_temperature_celsius: Annotated[float, Field(ge=0, le=150)] | None = None
 
 
-class RunSettings(Message):
+class RunSettings(Request):
     """What an operator decides about a run.
 
     rounds           aggregations until the run is finished
@@ -123,7 +129,7 @@ class RunSettings(Message):
         return self
 
 
-class LeaseRequest(Message):
+class LeaseRequest(Request):
     """Body of a check-in: the global version the device has, and what it runs on."""
 
     version: Annotated[int, Field(ge=0)] | None = None

@@ -37,12 +37,12 @@ async def follow_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Returns the run's events: `id`, `event` (the kind) and `data` (the protocol's Event as JSON)."""
     last = last_event_id
-    while not request.app.state.stopping.is_set():
+    while True:
         events = await run_in_threadpool(coordinator.store.events, run, last, PAGE)
         for event in events:
             yield ServerSentEvent(id=str(event.id), event=event.kind, raw_data=event.model_dump_json())
             last = event.id
         if len(events) < PAGE:
-            if not follow:
+            if not follow or request.app.state.stopping.is_set():
                 return
             await asyncio.sleep(POLL_SECONDS)
