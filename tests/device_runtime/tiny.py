@@ -140,7 +140,7 @@ class FileServer:
 
     def __init__(self, file: Path, bundle: Bundle, rounds: int, policy: Policy | None = None) -> None:
         self.file, self.bundle, self.rounds = file, bundle, rounds
-        self.policy = policy or Policy()
+        self.policy, self.layout = policy or Policy(), bundle.manifest.layout
         self.requests: list[httpx2.Request] = []
         self.before: Callable[[httpx2.Request], httpx2.Response | None] = lambda request: None
         if not file.exists():
@@ -183,7 +183,7 @@ class FileServer:
             run="r",
             settings=settings,
             state=state,
-            layout=LAYOUT.id,
+            layout=self.layout.id,
             round=data["round"],
             version=done,
             created=0,
@@ -203,7 +203,7 @@ class FileServer:
     def thresholds(self, request: httpx2.Request, parts: list[str]) -> httpx2.Response:
         version = int(parts[0])
         values = np.array(self.load()["versions"][version], np.float32)
-        body = encode_thresholds(LAYOUT, Thresholds(values, version))
+        body = encode_thresholds(self.layout, Thresholds(values, version))
         return reply(200, body, {"Content-Type": MEDIA_TYPE})
 
     def update(self, request: httpx2.Request, parts: list[str]) -> httpx2.Response:
@@ -219,7 +219,7 @@ class FileServer:
             return reply(204) if data["updates"][number] == told else problem(409, "update-differs")
         if int(number) != data["round"]:
             return problem(410, "round-closed")
-        received = decode_thresholds(LAYOUT, request.content)
+        received = decode_thresholds(self.layout, request.content)
         assert received.version == len(data["versions"]) - 1
         data["updates"][number] = told
         data["versions"].append(received.values.tolist())
@@ -249,7 +249,7 @@ def make_lease(
         round=number,
         version=version,
         bundle=bundle.id,
-        layout=LAYOUT.id,
+        layout=bundle.manifest.layout.id,
         expires=1e12,
         deadline=1e12,
         rounds=rounds,
