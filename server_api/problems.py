@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -85,11 +86,13 @@ async def _too_large(_: Request, error: Exception) -> JSONResponse:
     return refusal_response(TooLarge(error.detail))
 
 
-async def _framework(_: Request, error: Exception) -> JSONResponse:
+async def _framework(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for it"
     title = HTTPStatus(error.status_code).phrase
     word = title.lower().replace(" ", "-")
     headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := _methods(request)):
+        headers["Allow"] = ", ".join(sorted(methods))
     return problem_response(word, error.status_code, title, str(error.detail), headers=headers)
 
 
@@ -97,3 +100,10 @@ async def _failed(_: Request, __: Exception) -> JSONResponse:
     return problem_response(
         "internal-error", 500, "Internal error", "the server failed here; its log says where"
     )
+
+
+def _methods(request: Request) -> set[str]:
+    # the framework names only the methods of the first route of this path, a 405 must name all (RFC 9110, 15.5.6)
+    paths = request.app.openapi()["paths"]
+    matching = (path for path in paths if re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), request.url.path))
+    return {method.upper() for path in matching for method in paths[path]}
