@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from device_runtime.report import print_facts
+
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
@@ -69,7 +71,7 @@ def enrol(
                 f"{state} is enrolled at {opened.identity.server} as {opened.identity.device} already"
             )
         identity = _enrol(opened, server, _secret(key, key_file), name, engine)
-    _print(json, {"device": identity.device, "server": identity.server})
+    print_facts({"device": identity.device, "server": identity.server}, json=json)
 
 
 @app.command()
@@ -166,16 +168,18 @@ def train(
     from spafl.hyperparameters import Hyperparameters
 
     try:
-        hyperparameters = Hyperparameters(
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            lr_decay=lr_decay,
-            threshold_lr=threshold_lr,
-            momentum=momentum,
-            coeff=coeff,
-            ramp=ramp,
-            clip=clip,
+        hyperparameters = Hyperparameters.model_validate(
+            {
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "lr": lr,
+                "lr_decay": lr_decay,
+                "threshold_lr": threshold_lr,
+                "momentum": momentum,
+                "coeff": coeff,
+                "ramp": ramp,
+                "clip": clip,
+            }
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -214,7 +218,7 @@ def status(state: State, json: Json = False) -> None:
     if journal is not None and journal.state is not None:
         _, bundle, tensors = snapshot(state)
         facts["density"] = algorithm.densities(bundle.manifest.layout, tensors)
-    _print(json, facts)
+    print_facts(facts, json=json)
 
 
 @app.command()
@@ -240,7 +244,11 @@ def compact(
     inputs = examples.inputs(bundle.manifest.input)
     folder = out or state / "compact"
     proof = compaction.compact(bundle, tensors, folder, inputs, threads=threads)
-    _print(json, {"model": str(folder / compaction.MODEL), **proof.model_dump()})
+    facts = {"model": str(folder / compaction.MODEL), **proof.model_dump()}
+    if not json:  # a line per layer reads better than a list of them
+        del facts["layers"]
+        facts |= {entry.layer: f"{entry.total} => {entry.kept}  {entry.reason}" for entry in proof.layers}
+    print_facts(facts, json=json)
 
 
 @app.command()
@@ -272,7 +280,9 @@ def predict(
         odds /= odds.sum(axis=1, keepdims=True)
         for source, row in zip(sources, odds, strict=True):
             best = int(row.argmax())
-            _print(json, {"file": source, "label": manifest.labels[best], "probability": float(row[best])})
+            print_facts(
+                {"file": source, "label": manifest.labels[best], "probability": float(row[best])}, json=json
+            )
         return
     if len(sources) > 1:
         raise DataError(
@@ -282,7 +292,7 @@ def predict(
     examples = local.validation if len(local.validation) else local.train
     logits = compaction.predict(file, examples.inputs(manifest.input), threads=threads)
     right = int((logits.argmax(axis=1) == examples.y).sum())
-    _print(json, {"examples": len(examples), "right": right, "accuracy": right / len(examples)})
+    print_facts({"examples": len(examples), "right": right, "accuracy": right / len(examples)}, json=json)
 
 
 @contextmanager
@@ -341,22 +351,3 @@ def _secret(key: str | None, file: Path | None) -> "SecretStr":
     if not key:
         raise SettingsError("no enrolment key: set SPAFL_ENROLMENT_KEY, or give --key-file or --key")
     return SecretStr(key)
-
-
-def _print(json: bool, facts: dict[str, object]) -> None:
-    if json:
-        import json as codec
-
-        typer.echo(codec.dumps(facts))
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        typer.echo(f"{name:<{width}}  {_plain(value)}")
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return "  ".join(f"{name} {_plain(item)}" for name, item in value.items())
-    return "-" if value is None else str(value)

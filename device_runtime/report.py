@@ -19,9 +19,10 @@ Every event is one object {"time": seconds since the epoch, "event": name, ...};
     stopped            phase                         by a signal; the state is saved
 """
 
-import json
 import sys
 import time
+from collections.abc import Mapping
+from json import dumps
 from types import TracebackType
 from typing import IO, Protocol, Self
 
@@ -45,7 +46,7 @@ class JsonLines:
     def event(self, name: str, **fields: object) -> None:
         """Returns nothing; one line is written and flushed."""
         line = {"time": round(time.time(), 3), "event": name, **fields}
-        self._stream.write(json.dumps(line) + "\n")
+        self._stream.write(dumps(line) + "\n")
         self._stream.flush()
 
     def step(self, title: str, done: int, total: int, loss: float) -> None:
@@ -98,4 +99,16 @@ def _short(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return " ".join(_short(item) for item in value)
-    return str(value)
+    if isinstance(value, Mapping):
+        return "  ".join(f"{name} {_short(item)}" for name, item in value.items())
+    return "-" if value is None else str(value)
+
+
+def print_facts(facts: Mapping[str, object], *, json: bool) -> None:
+    """Returns nothing; `facts` are printed as one line of JSON, or as a line each."""
+    if json:
+        sys.stdout.write(dumps(facts) + "\n")
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        sys.stdout.write(f"{name:<{width}}  {_short(value)}\n")
