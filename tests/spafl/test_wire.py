@@ -82,11 +82,25 @@ def test_views_and_other_dtypes_are_written_by_value(layout: ThresholdLayout) ->
     assert encode_thresholds(layout, Thresholds(np.arange(0, 14)[::2] // 2, 0)) == expected
 
 
-def test_values_start_at_a_multiple_of_8(layout: ThresholdLayout) -> None:
+def test_values_start_at_a_multiple_of_4(layout: ThresholdLayout) -> None:
     for version in (0, 9, 10, 12345, MAX_VERSION):
         data = encode_thresholds(layout, Thresholds(VALUES, version))
-        assert struct.unpack_from("<Q", data)[0] % 8 == 0
+        assert struct.unpack_from("<Q", data)[0] % 4 == 0
         assert decode_thresholds(layout, data).version == version
+
+
+@pytest.mark.parametrize(("precision", "most"), [("f32", 2500), ("f16", 1300)])
+def test_lenet5_fits_its_bars_at_every_version_a_run_can_have(precision: Precision, most: int) -> None:
+    """The paper's 580 thresholds; RunSettings allows 100,000 rounds."""
+    rows = [
+        ("conv1", "conv", 20, 25),
+        ("conv2", "conv", 50, 500),
+        ("fc1", "linear", 500, 800),
+        ("fc2", "linear", 10, 500),
+    ]
+    layout = ThresholdLayout.of([Layer(name, kind, out, n_in, 25, 0) for name, kind, out, n_in in rows])
+    for digits in range(6):
+        assert len(encode_thresholds(layout, Thresholds(np.zeros(580), 10**digits), precision)) <= most
 
 
 def test_the_largest_body_fits_the_limits() -> None:
