@@ -51,7 +51,7 @@ async def report(
 
 def _metrics(text: str) -> Metrics:
     try:
-        return Metrics.model_validate_json(text)
+        return Metrics.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
