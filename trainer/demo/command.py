@@ -3,17 +3,20 @@
 import asyncio
 import os
 import shutil
+import signal
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from spafl.errors import SettingsError
 from spafl.hyperparameters import Hyperparameters
 from trainer.demo.report import summary, write_report
-from trainer.demo.scenario import Plan, play
+from trainer.demo.results import Results
+from trainer.demo.scenario import Plan, Trail, play
 from trainer.demo.screen import Screen
 from trainer.models import MODELS
 
@@ -59,6 +62,7 @@ def demo(
         int | None,
         typer.Option(min=1, help="Processes that work at the same time; default: one per core, at least 2."),
     ] = None,
+    parity: Annotated[bool, typer.Option(help="Check the exported graphs against PyTorch.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for report, plots and results.")] = Path("demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
 ) -> None:
@@ -73,8 +77,6 @@ def demo(
             f"{rounds} rounds of {per_round} of {devices} devices: a round takes at most all of them, and each has to "
             "take part once"
         )
-    asked = {"epochs": epochs, "lr": lr, "coeff": coeff}
-    given = {name: value for name, value in asked.items() if value is not None}
     plan = Plan(
         out=out,
         model=model.value,
@@ -85,15 +87,16 @@ def demo(
         alpha=alpha,
         seed=seed,
         at_once=at_once or max(2, os.cpu_count() or 2),
-        hyperparameters=HYPERPARAMETERS[model.value].model_copy(update=given),
+        hyperparameters=_hyperparameters(model.value, epochs=epochs, lr=lr, coeff=coeff),
         limit=limit or None,
+        parity=parity,
     )
     _make_room(plan)
     console = Console()
     with Screen(plan.rounds, plan.per_round) as screen:
         try:
-            results, trail = asyncio.run(play(plan, screen))
-        except KeyboardInterrupt:
+            results, trail = asyncio.run(_until_signalled(plan, screen))
+        except (KeyboardInterrupt, asyncio.CancelledError):
             screen.console.print(f"stopped; every process has ended, their logs are in {plan.work / 'logs'}")
             raise typer.Exit(130) from None
         with screen.stage("draw and write the report"):
@@ -103,6 +106,24 @@ def demo(
     else:
         console.print(summary(results))
         console.print(f"report: {report}   results: {plan.out / 'results.json'}", highlight=False)
+
+
+def _hyperparameters(model: str, **asked: float | None) -> Hyperparameters:
+    """Returns the model's hyperparameters with those asked for in their place."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        return Hyperparameters.model_validate(HYPERPARAMETERS[model].model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
+
+
+async def _until_signalled(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
+    """Returns what `play` does; a signal that would end this process ends those it started first."""
+    playing = asyncio.ensure_future(play(plan, screen))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
+    return await playing
 
 
 def _make_room(plan: Plan) -> None:

@@ -68,7 +68,7 @@ def summary(results: Results) -> RenderableType:
 def _table(headings: Row, rows: Iterable[Row], last: Row | None) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # the widest row then fits 80 columns
+        padding=0,  # the widest row then fits 80 columns
         pad_edge=False,
         title_justify="left",
         show_footer=last is not None,

@@ -39,6 +39,7 @@ class Plan:
 
     at_once   device processes that run at the same time
     limit     images of each label, where the dataset is class folders
+    parity    have the export checked against PyTorch
     """
 
     out: Path
@@ -52,6 +53,7 @@ class Plan:
     at_once: int
     hyperparameters: Hyperparameters
     limit: int | None = None
+    parity: bool = True
 
     @property
     def work(self) -> Path:
@@ -120,7 +122,7 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
             file = plan.work / "bundle.zip"
             await spafl(
                 "export", "export", plan.model, "--data", plan.work / "data" / "test.npz", "--out", file,
-                "--seed", str(plan.seed),
+                "--seed", str(plan.seed), "--parity" if plan.parity else "--no-parity",
             )  # fmt: skip
             bundle = Bundle.open(file)
         with screen.stage("start the server"):
