@@ -52,6 +52,7 @@ def export_bundle(
     labels: tuple[str, ...],
     options: dict[str, str | bool | float] | None = None,
     conv_divisor: str = "kernel",
+    rows: bool = True,
     parity: bool = True,
     examples: tuple[Floats, NDArray[np.int64]] | None = None,
     seed: int = 0,
@@ -63,6 +64,7 @@ def export_bundle(
     input, labels  what the model takes and tells apart
     options        how the model was sparsified, for the record
     conv_divisor   of the catch-up step (`trainer.sparsify.layout_of`)
+    rows           let the train step take active rows only where that is exact; False: whole tensors
     parity         check every graph against eager PyTorch before anything is written
     examples       (n, *shape), (n,) for the check; random ones if None
     stage          entered around each piece of work, with its name, for progress
@@ -75,7 +77,7 @@ def export_bundle(
     model = model.cpu().float()
     shape = input.shape
     layout = layout_of(model, "n_in" if conv_divisor == "n_in" else "kernel")
-    training = CompactModel(model, shape, dropped=lambda flow: flow.exact)
+    training = CompactModel(model, shape, dropped=lambda flow: rows and flow.exact)
     tensors, step = state_tensors(model, training), form(training)
     graphs: dict[str, onnx.ModelProto] = {}
     with stage("train step"):

@@ -85,6 +85,9 @@ def export(
         Divisor,
         typer.Option(help="Divisor of a convolution's catch-up step: kh*kw as published, or its inputs."),
     ] = Divisor.kernel,
+    rows: Annotated[
+        bool, typer.Option(help="Train active rows only, where that is exact. --no-rows: whole tensors.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the initial weights and of the parity check.")] = 0,
     parity: Annotated[bool, typer.Option(help="Check every graph against PyTorch before writing.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
@@ -118,6 +121,7 @@ def export(
             "conv_divisor": conv_divisor.value,
         },
         conv_divisor=conv_divisor.value,
+        rows=rows,
         parity=parity,
         examples=(model_input(split.train.x[:2048], spec), split.train.y[:2048]) if split else None,
         seed=seed,

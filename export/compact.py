@@ -91,7 +91,8 @@ class CompactModel:
         return self
 
     def _train_norm(self, name: str, norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-        y, mean, variance = norm.functional(x) if isinstance(norm, GatedBatchNorm) else normalise(norm, x)
+        active = norm.source.active() if isinstance(norm, GatedBatchNorm) else None
+        y, mean, variance = normalise(norm, x, active)
         self.statistics.update(
             {f"{name}.running_mean": mean.detach(), f"{name}.running_var": variance.detach()}
         )
@@ -99,24 +100,18 @@ class CompactModel:
 
     def _train_reader(self, flow: Flow, reader: Reader, x: Tensor) -> Tensor:
         layer = self.flows.modules[reader.name]
-        weight = layer.masked_weight() if isinstance(layer, Masked) else layer.weight
-        y = _apply(layer, x, select_columns(weight, self.active[flow.layer], reader.columns), layer.bias)
-        if isinstance(layer, Masked) and layer.gate:
-            y = y * layer.active().view(-1, *[1] * (y.dim() - 2))
-        return y
+        weight, bias = _weight_and_bias(layer)
+        return _apply(layer, x, select_columns(weight, self.active[flow.layer], reader.columns), bias)
 
     def _infer(self, name: str, x: Tensor) -> Tensor:
-        layer, bias = self.flows.modules[name], self.flows.modules[name].bias
-        weight = layer.masked_weight() if isinstance(layer, Masked) else layer.weight
+        layer = self.flows.modules[name]
+        weight, bias = _weight_and_bias(layer)
         source = self.flows.sources.get(name)
         if source and source[0].layer in self.dropped:
             weight, bias, x = self._without_dropped(*source, weight, bias, x)
-        gate = layer.active() if isinstance(layer, Masked) else None
-        if gate is not None and layer.gate and bias is not None:
-            bias = bias * gate
         own = self.flows.by_layer.get(name)
         if own and own.norm:
-            weight, bias = _fold_norm(self.flows.modules[own.norm], weight, bias, gate)
+            weight, bias = _fold_norm(self.flows.modules[own.norm], weight, bias)
         return _apply(layer, x, weight, bias)
 
     def _without_dropped(
@@ -156,16 +151,20 @@ def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
-def _fold_norm(
-    norm: Any, weight: Tensor, bias: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    if isinstance(layer, Masked):
+        return layer.masked_weight(), layer.masked_bias()
+    return layer.weight, layer.bias
+
+
+def _fold_norm(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of the layer with the norm behind it worked in, as it is in inference."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -norm.running_mean if bias is None else bias - norm.running_mean
     shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-    if isinstance(norm, GatedBatchNorm) and gate is not None:
-        shift = shift * gate  # the weight of a pruned row is 0 already
+    if isinstance(norm, GatedBatchNorm):
+        shift = shift * norm.source.active()  # the weight of a pruned row is 0 already
     return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift
 
 

@@ -43,7 +43,9 @@ def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor,
 def form(compact: CompactModel) -> TrainStep:
     """Returns the form of the train step of `compact`, and why it is exact or which layers it keeps whole."""
     whole = {
-        name: flow.refusal or "a pruned channel is not silent: its norm, bias or activation lets it speak"
+        name: "not asked for"
+        if flow.exact
+        else flow.refusal or "a pruned channel is not silent: its norm, bias or activation lets it speak"
         for name, flow in compact.flows.by_layer.items()
         if name not in compact.dropped
     }

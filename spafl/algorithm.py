@@ -68,3 +68,19 @@ def reset_collapsed(layout: ThresholdLayout, tensors: Tensors) -> tuple[dict[str
     names = collapsed(layout, tensors)
     reset = {f"{name}.threshold": np.zeros_like(tensors[f"{name}.threshold"]) for name in names}
     return {**tensors, **reset}, names
+
+
+def thresholds_at(
+    layout: ThresholdLayout, tensors: Tensors, density: float, draw: np.random.Generator
+) -> Floats:
+    """Returns thresholds (size,) that leave a random share `density` of each layer's filters active, at least one.
+
+    For checks and measurements: active filters lie well above their threshold, pruned ones well below.
+    """
+    thresholds = np.empty(layout.size, np.float32)
+    for layer in layout.layers:
+        score = scores(layer, tensors[layer.weight])
+        factor = np.full(layer.out, 1.2, np.float32)
+        factor[draw.permutation(layer.out)[: max(1, round(density * layer.out))]] = 0.5
+        thresholds[layer.span] = score * factor
+    return thresholds

@@ -32,8 +32,8 @@ def straight_through(distance: Tensor, ste: StraightThrough) -> Tensor:
 class _Masked(nn.Module):
     """What masked layers share. `weight` (out, ...) and `threshold` (out,) are both trained.
 
-    gate   multiply the layer's output by its detached mask: a pruned channel is then exactly 0, bias and all, and
-           receives exactly no task gradient. Off where the norm behind the layer gates instead, or as published.
+    gate   as if the layer's output were multiplied by its detached mask: a pruned channel is exactly 0, bias and all,
+           and receives exactly no task gradient. Off where the norm behind the layer gates instead, or as published.
     scale  the unit of the thresholds (`spafl.layout.Layer`)
     """
 
@@ -56,7 +56,15 @@ class _Masked(nn.Module):
     def masked_weight(self) -> Tensor:
         """Returns W * mask, of W's shape, differentiable in W and the thresholds."""
         mask = straight_through(self.distance(), self.ste)
+        if self.gate:
+            mask = (
+                mask * mask.detach()
+            )  # on the weight it costs nothing; on the output, a pass over it each way
         return self.weight * mask.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def masked_bias(self) -> Tensor | None:
+        """Returns the bias (out,), 0 where the layer's gate is shut; None without one."""
+        return self.bias * self.active() if self.gate and self.bias is not None else self.bias
 
     def _become_masked(self, layer: nn.Module, ste: StraightThrough, scale: float, gate: bool) -> None:
         # the very same parameters: an optimizer that already holds them goes on working
@@ -89,8 +97,8 @@ class MaskedConv2d(_Masked, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
         """Returns the convolution with the masked weight, (N, C_out, H', W')."""
-        y: Tensor = self._conv_forward(x, self.masked_weight(), self.bias)
-        return y * self.active().view(-1, 1, 1) if self.gate else y
+        y: Tensor = self._conv_forward(x, self.masked_weight(), self.masked_bias())
+        return y
 
 
 class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
@@ -104,8 +112,7 @@ class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in)
         """Returns the linear map with the masked weight, (..., out)."""
-        y = F.linear(x, self.masked_weight(), self.bias)
-        return y * self.active() if self.gate else y
+        return F.linear(x, self.masked_weight(), self.masked_bias())
 
 
 Masked: TypeAlias = MaskedConv2d | MaskedLinear

@@ -5,6 +5,7 @@ variance of 0 makes the gradient 1 / sqrt(eps), some 316 times, too large.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spafl.errors import SettingsError
@@ -13,20 +14,35 @@ from trainer.masked import Masked
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
-def normalise(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(norm: BatchNorm, x: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x normalised by its own batch's statistics, and the running mean and variance (C,) that follow.
+
+    active  (C,) 0 or 1: channels to gate; they come out as 0 and keep their running statistics
 
     Writes nothing, so that it can be traced; `x` is (N, C) or (N, C, H, W) with N * H * W > 1. The running variance
     is the unbiased one, as torch keeps it.
     """
-    y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+    weight, bias = _gate(norm, active)
+    y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, norm.eps)
     mean, inverse = mean.detach(), inverse.detach()
     count = x.numel() // x.shape[1]
     variance = (1 / (inverse * inverse) - norm.eps) * (count / (count - 1))
     m = norm.momentum
     if m is None or norm.running_mean is None or norm.running_var is None:
         raise SettingsError("a batch norm needs momentum and running statistics to be trained on devices")
-    return y, (1 - m) * norm.running_mean + m * mean, (1 - m) * norm.running_var + m * variance
+    mean, variance = (1 - m) * norm.running_mean + m * mean, (1 - m) * norm.running_var + m * variance
+    if active is not None:
+        mean = torch.where(active > 0, mean, norm.running_mean)
+        variance = torch.where(active > 0, variance, norm.running_var)
+    return y, mean, variance
+
+
+def _gate(norm: BatchNorm, active: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the norm's weight and bias times the gate: the same as gating its output, for a pass less each way."""
+    if active is None:
+        return norm.weight, norm.bias
+    weight = active if norm.weight is None else norm.weight * active
+    return weight, None if norm.bias is None else norm.bias * active
 
 
 class _Gated(nn.Module):
@@ -45,20 +61,13 @@ class _Gated(nn.Module):
         """Returns the masked layer whose output this norm takes."""
         return self._source[0]
 
-    def functional(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gated output and the new running mean and variance (C,), where pruned channels kept theirs."""
-        y, mean, variance = normalise(self, x)  # type: ignore[arg-type]
-        active = self.source.active()
-        mean = torch.where(active > 0, mean, self.running_mean)  # type: ignore[arg-type]
-        variance = torch.where(active > 0, variance, self.running_var)  # type: ignore[arg-type]
-        return y * active.view(-1, *[1] * (x.dim() - 2)), mean, variance
-
     def forward(self, x: Tensor) -> Tensor:
         """Returns the gated output, of x's shape; in training the running statistics are updated."""
+        active = self.source.active()
         if not self.training:
-            y: Tensor = super().forward(x)
-            return y * self.source.active().view(-1, *[1] * (x.dim() - 2))
-        y, mean, variance = self.functional(x)
+            weight, bias = _gate(self, active)  # type: ignore[arg-type]
+            return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)  # type: ignore[arg-type]
+        y, mean, variance = normalise(self, x, active)  # type: ignore[arg-type]
         self.running_mean.copy_(mean.detach())  # type: ignore[operator]
         self.running_var.copy_(variance.detach())  # type: ignore[operator]
         return y
