@@ -148,6 +148,34 @@ def test_class_folders_alone_are_split_by_label(tmp_path: Path) -> None:
     assert split.test.counts().tolist() == [2, 2]
 
 
+def test_a_folder_around_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    def images(root: str) -> dict[str, np.ndarray]:
+        names = [f"{root}{label}/{n}.png" for label in "ab" for n in range(5)]
+        return {
+            name: np.full((4, 4), 9, np.uint8) for name in [*names, "__MACOSX/x/a/._0.png", ".git/a/0.png"]
+        }
+
+    for number, root in enumerate(("", "photos/", "my/photos/")):
+        split = open_dataset(write_images(tmp_path / f"{number}.zip", images(root)))
+        assert (len(split.train), len(split.test), split.train.labels) == (8, 2, ("a", "b"))
+    both = images("set/train/") | images("set/test/")
+    assert len(open_dataset(write_images(tmp_path / "both", both)).test) == 10
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((1000, 50), np.float32), y=np.arange(1000))
+    monkeypatch.setattr("trainer.data.arrays.MAX_BYTES", 100_000)
+    with pytest.raises(DataError, match="unpacks to"):
+        open_dataset(tmp_path / "a.npz")
+    write_images(tmp_path / "i.zip", {f"{label}/0.png": np.zeros((40, 40), np.uint8) for label in "ab"})
+    monkeypatch.setattr("trainer.data.images.MAX_BYTES", 3000)
+    with pytest.raises(DataError, match="too many"):
+        open_dataset(tmp_path / "i.zip")
+    monkeypatch.setattr("trainer.data.images.MAX_FILE_BYTES", 20)
+    with pytest.raises(DataError, match="longer than 20 bytes"):
+        open_dataset(tmp_path / "i.zip")
+
+
 def test_unusable_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images below"):
         open_dataset(tmp_path)
@@ -155,7 +183,11 @@ def test_unusable_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="bring all to one size"):
         open_dataset(write_images(tmp_path / "ragged", ragged))
     with pytest.raises(DataError, match="expected all images as"):
-        open_dataset(write_images(tmp_path / "deep.zip", {"x/y/z/0.png": np.zeros((4, 4), np.uint8)}))
+        open_dataset(
+            write_images(
+                tmp_path / "deep.zip", {name: np.zeros((4, 4), np.uint8) for name in ("x/0.png", "y/z/0.png")}
+            )
+        )
     broken = write_images(tmp_path / "broken", {"a/0.png": np.zeros((4, 4), np.uint8)})
     (broken / "b").mkdir()
     (broken / "b/0.png").write_bytes(png(np.zeros((4, 4), np.uint8))[:40])

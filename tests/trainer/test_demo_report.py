@@ -19,9 +19,10 @@ from spafl.layout import ThresholdLayout
 from spafl.protocol import Event
 from trainer.demo.command import app
 from trainer.demo.meter import Traffic
+from trainer.demo.plan import Plan
 from trainer.demo.report import summary, write_report
 from trainer.demo.results import Results
-from trainer.demo.scenario import Plan, Trail
+from trainer.demo.scenario import Trail
 from trainer.demo.screen import Screen
 
 LAYOUT = ThresholdLayout.of(

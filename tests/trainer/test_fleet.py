@@ -26,7 +26,7 @@ def test_json_lines_are_heard_and_the_rest_is_logged(tmp_path: Path) -> None:
     heard = []
 
     async def main() -> list[dict]:
-        async with Fleet(tmp_path) as fleet:
+        async with Fleet(tmp_path, 2) as fleet:
             return await fleet.run("show", "data", "show", "digits", "--json", heard=heard.append)
 
     (told,) = asyncio.run(main())
@@ -37,7 +37,7 @@ def test_json_lines_are_heard_and_the_rest_is_logged(tmp_path: Path) -> None:
 
 def test_a_failure_quotes_the_last_lines_and_names_the_log(tmp_path: Path) -> None:
     async def main() -> None:
-        async with Fleet(tmp_path) as fleet:
+        async with Fleet(tmp_path, 2) as fleet:
             await fleet.run("broken", "data", "show", "no-such-thing")
 
     with pytest.raises(DemoError) as failure:
@@ -53,7 +53,7 @@ def test_a_server_is_gone_when_the_fleet_is(tmp_path: Path, how: str) -> None:
         pass
 
     async def main() -> None:
-        async with Fleet(tmp_path / "logs") as fleet:
+        async with Fleet(tmp_path / "logs", 2) as fleet:
             up = await fleet.serve("server", "serve", "--json", "--port", "0", "--data", tmp_path / "store")
             assert up["url"].startswith("http://127.0.0.1:")
             assert alive(str(tmp_path / "store"))
@@ -72,7 +72,7 @@ def test_a_server_is_gone_when_the_fleet_is(tmp_path: Path, how: str) -> None:
 
 def test_a_server_that_does_not_start_is_a_failure(tmp_path: Path) -> None:
     async def main() -> None:
-        async with Fleet(tmp_path) as fleet:
+        async with Fleet(tmp_path, 2) as fleet:
             await fleet.serve("server", "serve", "--json", "--host", "256.1.1.1")
 
     with pytest.raises(DemoError, match="cannot listen on"):
@@ -84,7 +84,7 @@ def test_a_listener_that_raises_ends_the_process(tmp_path: Path) -> None:
         raise DemoError("enough")
 
     async def main() -> None:
-        async with Fleet(tmp_path) as fleet:
+        async with Fleet(tmp_path, 2) as fleet:
             await fleet.run("show", "data", "show", "digits", "--json", heard=refuse)
 
     with pytest.raises(DemoError, match="enough"):

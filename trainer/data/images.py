@@ -37,25 +37,42 @@ def load_images(source: Path, *, limit: int | None = None, seed: int = 0) -> Spl
         DataError: no images, folders that are not as described, images of different sizes, or too much of anything.
     """
     with _opened(source) as (names, read):
-        paths = sorted(
-            (path for name in names if (path := PurePosixPath(name)).suffix.lower() in SUFFIXES),
-            key=lambda path: path.parts,
+        found = sorted(
+            (path for name in names if _is_image(path := PurePosixPath(name))), key=lambda path: path.parts
         )
-        if not paths:
+        if not found:
             raise DataError(
                 f"no images below {source}: expected <label>/<image>, with train/ and test/ or without"
             )
+        root = _root(found)
+        paths = [path.relative_to(root) for path in found]
+
+        def decoded(part: list[PurePosixPath], label: int) -> Dataset:
+            labels = tuple(sorted({path.parts[label] for path in paths}))
+            return _decoded(source, _first(part, limit), labels, lambda name: read(str(root / name)))
+
         depths = {len(path.parts) for path in paths}
         if depths == {3} and {path.parts[0] for path in paths} == set(PARTS):
-            labels = tuple(sorted({path.parts[1] for path in paths}))
-            parts = [[path for path in paths if path.parts[0] == part] for part in PARTS]
-            return Split(*(_decoded(source, _first(part, limit), labels, read) for part in parts))
+            return Split(*(decoded([path for path in paths if path.parts[0] == part], 1) for part in PARTS))
         if depths == {2}:
-            labels = tuple(sorted({path.parts[0] for path in paths}))
-            return split_off_test(_decoded(source, _first(paths, limit), labels, read), seed=seed)
+            return split_off_test(decoded(paths, 0), seed=seed)
     raise DataError(
         f"{source} holds {paths[0]}: expected all images as <label>/<image>, or as train|test/<label>/<image>"
     )
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def _root(paths: list[PurePosixPath]) -> PurePosixPath:
+    """Returns the folder all images share above their label's, "." where there is none."""
+    root = PurePosixPath()
+    while min(len(path.parts) for path in paths) > 2 and len({path.parts[0] for path in paths}) == 1:
+        root /= paths[0].parts[0]
+        paths = [path.relative_to(path.parts[0]) for path in paths]
+    return root
 
 
 def _first(paths: Iterable[PurePosixPath], limit: int | None) -> list[PurePosixPath]:

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from spafl.errors import SettingsError
 from spafl.hyperparameters import Hyperparameters
+from trainer.demo.plan import HYPERPARAMETERS, Plan
 from trainer.demo.report import summary, write_report
 from trainer.demo.results import Results
-from trainer.demo.scenario import Plan, Trail, play
+from trainer.demo.scenario import Trail, play
 from trainer.demo.screen import Screen
 from trainer.models import MODELS
 
@@ -24,12 +25,6 @@ app = typer.Typer(rich_markup_mode=None)
 
 Model = Enum("Model", {name: name for name in MODELS}, type=str)  # type: ignore[misc]
 
-HYPERPARAMETERS = {
-    # twice the published FMNIST rate: 15 rounds stand for 500, and filters have to be pruned in them
-    "lenet5": Hyperparameters(epochs=5, batch_size=64, lr=0.02, coeff=0.002),
-    # as published for CIFAR-10
-    "conv4": Hyperparameters(epochs=5, batch_size=16, lr=0.01, coeff=0.00015, clip=3.0),
-}
 _MARK = ".spafl-demo"
 
 

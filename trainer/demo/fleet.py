@@ -28,11 +28,13 @@ Event: TypeAlias = dict[str, Any]
 class Fleet:
     """The processes of one demo, each with its log in `logs`; inside an `async with`, ended with it.
 
+    at_once       processes that `run` at the same time; the others wait
     environment   variables all processes started from now on get besides this one's
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, at_once: int) -> None:
         self.logs = logs
+        self._gate = asyncio.Semaphore(at_once)
         self.environment: dict[str, str] = {}
         self._running: set[Process] = set()
         logs.mkdir(parents=True, exist_ok=True)
@@ -56,19 +58,20 @@ class Fleet:
         Raises:
             DemoError: it ended otherwise; with its last lines and where its log is.
         """
-        process = await self._start(name, arguments)
-        try:
-            events = []
-            async for event in self._events(name, process):
-                events.append(event)
-                if heard is not None:
-                    heard(event)
-            if await process.wait():
-                raise self.failure(name, f"ended with status {process.returncode}", arguments)
-            return events
-        finally:
-            await _end(process)
-            self._running.discard(process)
+        async with self._gate:
+            process = await self._start(name, arguments)
+            try:
+                events = []
+                async for event in self._events(name, process):
+                    events.append(event)
+                    if heard is not None:
+                        heard(event)
+                if await process.wait():
+                    raise self.failure(name, f"ended with status {process.returncode}", arguments)
+                return events
+            finally:
+                await _end(process)
+                self._running.discard(process)
 
     async def serve(self, name: str, *arguments: str | Path) -> Event:
         """Returns the one JSON line `spafl <arguments>` writes when it is up; it runs on until the fleet ends.

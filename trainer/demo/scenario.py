@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from spafl import algorithm
 from spafl.bundle import Bundle
 from spafl.errors import SpaflError
-from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats, Layer
 from spafl.protocol import RunSettings
 from trainer.data import load_arrays, model_input
 from trainer.demo.fleet import Event, Fleet
 from trainer.demo.meter import Meter
 from trainer.demo.operator import Operator
+from trainer.demo.plan import Plan
 from trainer.demo.results import Device, Proof, Results, Round
 from trainer.demo.screen import Screen
 from trainer.errors import DemoError
@@ -30,50 +30,9 @@ from trainer.local import evaluate
 from trainer.models import MODELS
 
 RUN = "demo"
+MAX_PICTURED = 128
+"""Filters of the largest layer whose active filters are drawn one by one."""
 _DAY = 86_400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a demo is asked for.
-
-    at_once   device processes that run at the same time
-    limit     images of each label, where the dataset is class folders
-    parity    have the export checked against PyTorch
-    """
-
-    out: Path
-    model: str
-    dataset: str
-    devices: int
-    rounds: int
-    per_round: int
-    alpha: float
-    seed: int
-    at_once: int
-    hyperparameters: Hyperparameters
-    limit: int | None = None
-    parity: bool = True
-
-    @property
-    def work(self) -> Path:
-        """Returns where everything lies that is not a result: logs, states, the server's store."""
-        return self.out / "work"
-
-    @property
-    def pictured(self) -> tuple[int, ...]:
-        """Returns the rounds after which the active filters are looked at: first, middle and last."""
-        return tuple(sorted({1, (self.rounds + 1) // 2, self.rounds}))
-
-    def cohorts(self) -> list[list[int]]:
-        """Returns the devices of each round: those that took part least so far, ties broken at random."""
-        draw = np.random.default_rng(self.seed)
-        taken, cohorts = np.zeros(self.devices), []
-        for _ in range(self.rounds):
-            cohort = np.lexsort((draw.random(self.devices), taken))[: self.per_round]
-            taken[cohort] += 1
-            cohorts.append([int(device) for device in cohort])
-        return cohorts
 
 
 @dataclass(slots=True)
@@ -81,7 +40,7 @@ class Trail:
     """What the figures show besides the results.
 
     thresholds   (rounds + 1, size) global thresholds by version
-    layer        the one looked at: most filters among those with at most 128
+    layer        the one looked at: most filters among those with at most `MAX_PICTURED`
     active       by pictured round, its active filters (devices, filters)
     """
 
@@ -108,23 +67,13 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
     Raises:
         DemoError: a process failed, the server refused something, or training diverged.
     """
-    async with Fleet(plan.work / "logs") as fleet:
-        gate = asyncio.Semaphore(plan.at_once)
-
-        async def spafl(name: str, *arguments: str | Path, **options: Any) -> list[Event]:
-            async with gate:
-                return await fleet.run(name, *arguments, "--json", **options)
-
-        with screen.stage(f"split {plan.dataset}"):
-            devices = await _split(plan, spafl)
+    async with Fleet(plan.work / "logs", plan.at_once) as fleet:
+        with screen.stage(f"split {Path(plan.dataset).name}"):
+            devices = await _split(plan, fleet)
             screen.devices({device.name: device.examples for device in devices})
         with screen.stage(f"export {plan.model}"):
-            file = plan.work / "bundle.zip"
-            await spafl(
-                "export", "export", plan.model, "--data", plan.work / "data" / "test.npz", "--out", file,
-                "--seed", str(plan.seed), "--parity" if plan.parity else "--no-parity",
-            )  # fmt: skip
-            bundle = Bundle.open(file)
+            bundle = await _export(plan, fleet)
+        demo = _Demo(plan, screen, fleet, bundle, devices)
         with screen.stage("start the server"):
             up = await fleet.serve("server", "serve", "--json", "--port", "0", "--data", plan.work / "server")
             fleet.environment["SPAFL_ENROLMENT_KEY"] = up["enrolment_key"]
@@ -133,13 +82,14 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
             Meter(urlsplit(up["url"]).port or 0) as meter,
         ):
             with screen.stage(f"{plan.rounds} rounds of {plan.per_round} devices"):
-                rounds, trail = await _rounds(plan, screen, spafl, operator, meter.url, bundle, devices)
+                rounds, trail = await demo.rounds(operator, meter.url)
         with screen.stage("compact and prove"):
-            proofs = await _together(_compact(screen, spafl, device) for device in devices)
+            proofs = await _together(map(demo.compact, devices))
         with screen.stage("train alone, for comparison"):
-            alone = await _together(_train_alone(plan, screen, spafl, device) for device in devices)
+            alone = await _together(map(demo.train_alone, devices))
         with screen.stage("measure the initial model"):
-            before = await asyncio.to_thread(_initial_accuracy, plan, bundle, devices)
+            before = await asyncio.to_thread(_initial_accuracy, plan.model, bundle, devices)
+    participations = plan.rounds * plan.per_round
     results = Results.of(
         meter.traffic,
         model=plan.model,
@@ -149,7 +99,7 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
         settings=plan.hyperparameters.model_dump(),
         layers={layer.name: layer.out for layer in bundle.manifest.layout.layers},
         weights=proofs[0].masked.weights,
-        participations=plan.rounds * plan.per_round,
+        participations=participations,
         rounds=tuple(rounds),
         devices=tuple(
             Device(
@@ -158,24 +108,24 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
                 held_out=device.held_out,
                 rounds=len(device.trained),
                 steps=sum(event["steps"] for event in device.trained),
-                before=before[device.name],
+                before=initial,
                 after=device.trained[-1]["accuracy"],
                 local_only=accuracy,
                 proof=proof,
             )
-            for device, proof, accuracy in zip(devices, proofs, alone, strict=True)
+            for device, proof, accuracy, initial in zip(devices, proofs, alone, before, strict=True)
         ),
-        fedavg_body=2 * plan.rounds * plan.per_round * _tensor_bytes(bundle),
+        fedavg_body=2 * participations * _tensor_bytes(bundle),
         seconds=screen.seconds,
     )
     return results, trail
 
 
-async def _split(plan: Plan, spafl: Any) -> list[_Device]:
+async def _split(plan: Plan, fleet: Fleet) -> list[_Device]:
     limit = () if plan.limit is None else ("--limit", str(plan.limit))
-    (told,) = await spafl(
+    (told,) = await fleet.run(
         "split", "data", "split", plan.dataset, "--clients", str(plan.devices), "--alpha", str(plan.alpha),
-        "--seed", str(plan.seed), "--out", plan.work / "data", *limit,
+        "--seed", str(plan.seed), "--out", plan.work / "data", *limit, "--json",
     )  # fmt: skip
     return [
         _Device(
@@ -189,113 +139,120 @@ async def _split(plan: Plan, spafl: Any) -> list[_Device]:
     ]
 
 
-async def _rounds(
-    plan: Plan,
-    screen: Screen,
-    spafl: Any,
-    operator: Operator,
-    url: str,
-    bundle: Bundle,
-    devices: list[_Device],
-) -> tuple[list[Round], Trail]:
-    """Returns the aggregated rounds and what the figures need of them."""
-    layout = bundle.manifest.layout
-    trail = Trail(max((layer for layer in layout.layers if layer.out <= 128), key=lambda layer: layer.out))
-    settings = RunSettings(
-        name=RUN,
-        bundle=await operator.upload(bundle.path),
-        rounds=plan.rounds,
-        target=plan.per_round,
-        minimum=plan.per_round,
-        deadline=_DAY,
-        lease=_DAY,
-        hyperparameters=plan.hyperparameters,
-    )
-    await operator.start(settings)
-    aggregated: asyncio.Queue[Round] = asyncio.Queue()
-
-    async def follow() -> None:
-        async for event in operator.events(RUN):
-            screen.happened(event)
-            if event.kind == "round.aggregated":
-                await aggregated.put(Round.model_validate({"round": event.round, **event.data}))
-            elif event.kind in ("round.failed", "run.paused", "run.stopped"):
-                raise DemoError(f"{event.kind} in round {event.round}: {event.data.get('reason')}")
-
-    async def train() -> list[Round]:
-        rounds = []
-        for number, cohort in enumerate(plan.cohorts(), 1):
-            await _together(_take_part(plan, screen, spafl, url, devices[index]) for index in cohort)
-            rounds.append(await aggregated.get())
-            if number in plan.pictured:
-                trail.active[number] = np.stack([_active(device, bundle, trail.layer) for device in devices])
-        return rounds
-
-    _, rounds = await _together([follow(), train()])
-    trail.thresholds = [await operator.thresholds(RUN, version, layout) for version in range(plan.rounds + 1)]
-    return rounds, trail
-
-
-async def _take_part(plan: Plan, screen: Screen, spafl: Any, url: str, device: _Device) -> None:
-    def heard(event: Event) -> None:
-        screen.heard(device.name, event)
-        if event.get("event") == "round.trained":
-            device.trained.append(event)
-        if event.get("event") == "round.diverged":
-            raise DemoError(f"{device.name} diverged: {event.get('reason')}; try a lower --lr")
-
-    await spafl(
-        device.name, "device", "run", "--run", RUN, "--rounds", "1", "--server", url, "--name", device.name,
-        "--state", device.state, "--data", device.file, "--seed", str(plan.seed), heard=heard,
+async def _export(plan: Plan, fleet: Fleet) -> Bundle:
+    file = plan.work / "bundle.zip"
+    # inputs are scaled by the test examples: whoever exports has those, never the devices' own
+    await fleet.run(
+        "export", "export", plan.model, "--data", plan.work / "data" / "test.npz", "--out", file,
+        "--seed", str(plan.seed), "--parity" if plan.parity else "--no-parity", "--json",
     )  # fmt: skip
+    return Bundle.open(file)
 
 
-async def _compact(screen: Screen, spafl: Any, device: _Device) -> Proof:
-    (told,) = await spafl(device.name, "device", "compact", "--state", device.state, "--data", device.file)
-    screen.doing(device.name, "compact")
-    return Proof.model_validate(told)
+@dataclass(frozen=True, slots=True)
+class _Demo:
+    """The part of a demo in which devices work."""
+
+    plan: Plan
+    screen: Screen
+    fleet: Fleet
+    bundle: Bundle
+    devices: list[_Device]
+
+    async def rounds(self, operator: Operator, url: str) -> tuple[list[Round], Trail]:
+        """Returns the aggregated rounds and what the figures need of them; devices speak to the server at `url`."""
+        plan, layout = self.plan, self.bundle.manifest.layout
+        small = [layer for layer in layout.layers if layer.out <= MAX_PICTURED] or layout.layers
+        trail = Trail(max(small, key=lambda layer: layer.out))
+        settings = RunSettings(
+            name=RUN,
+            bundle=await operator.upload(self.bundle.path),
+            rounds=plan.rounds,
+            target=plan.per_round,
+            minimum=plan.per_round,
+            deadline=_DAY,
+            lease=_DAY,
+            hyperparameters=plan.hyperparameters,
+        )
+        await operator.start(settings)
+        aggregated: asyncio.Queue[Round] = asyncio.Queue()
+
+        async def follow() -> None:
+            async for event in operator.events(RUN):
+                self.screen.happened(event)
+                if event.kind == "round.aggregated":
+                    await aggregated.put(Round.model_validate({"round": event.round, **event.data}))
+                elif event.kind in ("round.failed", "run.paused", "run.stopped"):
+                    raise DemoError(f"{event.kind} in round {event.round}: {event.data.get('reason')}")
+
+        async def train() -> list[Round]:
+            done = []
+            for number, cohort in enumerate(plan.cohorts(), 1):
+                await _together(self.take_part(self.devices[index], url) for index in cohort)
+                done.append(await aggregated.get())
+                if number in plan.pictured:
+                    masks = [_active(device, self.bundle, trail.layer) for device in self.devices]
+                    trail.active[number] = np.stack(masks)
+            return done
+
+        _, done = await _together([follow(), train()])
+        for version in range(plan.rounds + 1):
+            trail.thresholds.append(await operator.thresholds(RUN, version, layout))
+        return done, trail
+
+    async def take_part(self, device: _Device, url: str) -> None:
+        """Returns once the device trained and reported one round, in a process of its own."""
+
+        def heard(event: Event) -> None:
+            self.screen.heard(device.name, event)
+            if event.get("event") == "round.trained":
+                device.trained.append(event)
+            if event.get("event") == "round.diverged":
+                raise DemoError(f"{device.name} diverged: {event.get('reason')}; try a lower --lr")
+
+        await self.fleet.run(
+            device.name, "device", "run", "--run", RUN, "--rounds", "1", "--server", url, "--name", device.name,
+            "--state", device.state, "--data", device.file, "--seed", str(self.plan.seed), "--json", heard=heard,
+        )  # fmt: skip
+
+    async def compact(self, device: _Device) -> Proof:
+        """Returns the proof for the device's compact model."""
+        (told,) = await self.fleet.run(
+            device.name, "device", "compact", "--state", device.state, "--data", device.file, "--json"
+        )
+        self.screen.doing(device.name, "compact")
+        return Proof.model_validate(told)
+
+    async def train_alone(self, device: _Device) -> float:
+        """Returns the accuracy after as many rounds of the same steps as the device trained, without exchange."""
+        options = [
+            text
+            for name, value in self.plan.hyperparameters.model_dump(exclude_none=True).items()
+            for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        self.screen.doing(device.name, "training alone")
+        events = await self.fleet.run(
+            f"{device.name}-alone", "device", "train", "--bundle", self.bundle.path, "--data", device.file,
+            "--state", self.plan.work / "alone" / device.name, "--rounds", str(len(device.trained)),
+            "--seed", str(self.plan.seed), *options, "--json",
+        )  # fmt: skip
+        self.screen.doing(device.name, "")
+        return float([event for event in events if event.get("event") == "round.trained"][-1]["accuracy"])
 
 
-async def _train_alone(plan: Plan, screen: Screen, spafl: Any, device: _Device) -> float:
-    """Returns the accuracy after as many rounds of the same steps as the device trained, without exchange."""
-    options = [
-        text
-        for name, value in plan.hyperparameters.model_dump(exclude_none=True).items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    last = 0.0
-
-    def heard(event: Event) -> None:
-        nonlocal last
-        if event.get("event") == "round.trained":
-            last = event["accuracy"]
-
-    screen.doing(device.name, "training alone")
-    await spafl(
-        f"{device.name}-alone", "device", "train", "--bundle", plan.work / "bundle.zip", "--data", device.file,
-        "--state", plan.work / "alone" / device.name, "--rounds", str(len(device.trained)),
-        "--seed", str(plan.seed), *options, heard=heard,
-    )  # fmt: skip
-    screen.doing(device.name, "")
-    return last
-
-
-def _initial_accuracy(plan: Plan, bundle: Bundle, devices: list[_Device]) -> dict[str, float]:
-    """Returns each device's accuracy with the weights of the bundle: with thresholds at 0 every filter is active."""
+def _initial_accuracy(model: str, bundle: Bundle, devices: list[_Device]) -> list[float]:
+    """Returns each device's accuracy with the bundle's weights: with thresholds at 0 every filter is active."""
     manifest = bundle.manifest
-    model = MODELS[plan.model](len(manifest.labels))
+    plain = MODELS[model](len(manifest.labels))
     thresholds = {layer.threshold for layer in manifest.layout.layers}
     weights = {
         name: torch.from_numpy(value)
         for name, value in bundle.initial_state().items()
         if name not in thresholds
     }
-    model.load_state_dict(weights, strict=False)  # the bundle does not count batches
-    accuracies = {}
-    for device in devices:
-        test = load_arrays(device.file).test
-        accuracies[device.name] = evaluate(model, model_input(test.x, manifest.input), test.y)[1]
-    return accuracies
+    plain.load_state_dict(weights, strict=False)  # the bundle does not count batches
+    tests = [load_arrays(device.file).test for device in devices]
+    return [evaluate(plain, model_input(test.x, manifest.input), test.y)[1] for test in tests]
 
 
 def _active(device: _Device, bundle: Bundle, layer: Layer) -> NDArray[np.bool_]:
