@@ -69,6 +69,7 @@ def test_order_of_layers_is_part_of_the_id() -> None:
         {"out": "2"},
         {"out": MAX_AXIS + 1},
         {"n_in": 0},
+        {"n_in": MAX_AXIS + 1},
         {"n_in": 9.5},
         {"n_scale": 0},
         {"offset": 1},
