@@ -34,7 +34,7 @@ from device_runtime.watch import Watch
 from spafl import __version__
 from spafl.bundle import Bundle
 from spafl.manifest import Manifest
-from spafl.protocol import Capabilities, Lease, LeaseRequest, Policy
+from spafl.protocol import Capabilities, LeaseRequest, RunSettings
 
 OFFLINE = Backoff(first=2.0, cap=300.0)
 """Between attempts without a server, after the client's own retries."""
@@ -69,10 +69,10 @@ def capabilities(engine: str) -> Capabilities:
 class Agent:
     """One device at work in one run.
 
-    client   with the device's token, and `watch.sleep` to wait with
-    state    open for writing
-    load     gives the local examples, once the model they are for is known
-    open_engine  opens an engine on the run's bundle
+    client        with the device's token, and `watch.sleep` to wait with
+    state         open for writing
+    load          gives the local examples, once the model they are for is known
+    open_engine   opens an engine on the run's bundle
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Agent:
         self._open_engine = open_engine
         self._watch = watch
         self._report = report
-        self._policy: Policy | None = None
+        self._settings: RunSettings | None = None
         self._opened: Bundle | None = None
         self._tools: tuple[Engine, LocalData] | None = None
 
@@ -128,7 +128,7 @@ class Agent:
             return self._send()
         try:
             if phase == "training":
-                local_round = self._local_round(self._bundle(self._state.lease))
+                local_round = self._local_round(self._bundle(self._state.journal.bundle))
                 local_round.resume()
             else:
                 local_round = self._check_in()
@@ -139,32 +139,35 @@ class Agent:
         return 0
 
     def _check_in(self) -> LocalRound:
-        run = self._work.run
-        if self._policy is None:
-            self._policy = self._client.run(run).settings.policy
-        self._watch.hold(self._policy)  # before the lease: a device that may not train must not keep a slot
-        version = self._state.journal.version if self._state.begun else None
-        request = LeaseRequest(version=version, capabilities=capabilities(self._work.engine))
-        lease = self._client.lease(run, request)
-        if self._state.begun and self._state.journal.skip == lease.round:
+        run, state = self._work.run, self._state
+        if self._settings is None:
+            self._settings = self._client.run(run).settings
+        # all that may take long or fail comes before the lease: a device that cannot train must not keep a slot
+        state.check_owner(run, self._settings.bundle)
+        bundle = self._bundle(self._settings.bundle)
+        self._prepare(bundle)
+        self._watch.hold(self._settings.policy)
+        version = state.journal.version if state.begun else None
+        lease = self._client.lease(
+            run, LeaseRequest(version=version, capabilities=capabilities(self._work.engine))
+        )
+        if state.begun and state.journal.skip == lease.round:
             raise Busy(f"training diverged in round {lease.round}: waiting for the next one")
-        self._policy = lease.policy
-        self._state.leased(lease)
+        state.leased(lease)
         self._report.event("round.leased", round=lease.round, version=lease.version, expires=lease.expires)
-        bundle = self._bundle(lease)
-        local_round = self._local_round(bundle)
-        tensors, base = self._state.rest(bundle)
+        tensors, base = state.rest(bundle)
         target = base
-        if lease.version != self._state.journal.version:
+        if lease.version != state.journal.version:
             target = self._client.thresholds(run, lease.version, bundle.manifest.layout).values
+        local_round = self._local_round(bundle)
         local_round.begin(tensors, base, target, self._work.seed)
         return local_round
 
     def _send(self) -> int:
         lease, metrics = self._state.lease, self._state.journal.metrics
-        manifest = self._bundle(lease).manifest
-        tensors, _ = self._state.rest(self._bundle(lease))
-        body = update_body(manifest, tensors, lease.version, lease.precision)
+        bundle = self._bundle(lease.bundle)
+        tensors, _ = self._state.rest(bundle)
+        body = update_body(bundle.manifest, tensors, lease.version, lease.precision)
         try:
             self._client.report(lease.run, lease.round, self._device, body, metrics or "")
         except (Refused, RunOver) as error:
@@ -175,21 +178,19 @@ class Agent:
         self._report.event("update.accepted", round=lease.round, bytes=len(body))
         return 1
 
-    def _bundle(self, lease: Lease) -> Bundle:
+    def _bundle(self, id: str) -> Bundle:
         if self._opened is None:
-            bundle = fetch_bundle(self._client, lease.bundle, self._state.bundle_path)
-            if bundle.manifest.layout.id != lease.layout:
-                raise BadAnswer(
-                    f"the lease is for layout {lease.layout}, its bundle has {bundle.manifest.layout.id}"
-                )
-            self._report.event("bundle.ready", bundle=bundle.id, model=bundle.manifest.name)
-            self._opened = bundle
+            self._opened = fetch_bundle(self._client, id, self._state.bundle_path)
+            self._report.event("bundle.ready", bundle=id, model=self._opened.manifest.name)
         return self._opened
 
-    def _local_round(self, bundle: Bundle) -> LocalRound:
-        if self._tools is None:  # once: examples and sessions serve every round
+    def _prepare(self, bundle: Bundle) -> tuple[Engine, LocalData]:
+        if self._tools is None:  # once: sessions and examples serve every round
             self._tools = self._open_engine(bundle), self._load(bundle.manifest)
-        engine, data = self._tools
+        return self._tools
+
+    def _local_round(self, bundle: Bundle) -> LocalRound:
+        engine, data = self._prepare(bundle)
         return LocalRound(
             engine, self._state, data, watch=self._watch, report=self._report, tempo=self._work.tempo
         )

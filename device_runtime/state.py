@@ -98,18 +98,26 @@ class DeviceState:
         _replace(self.path / _IDENTITY, json.dumps(secret, indent=1).encode())
         self.identity = identity
 
+    def check_owner(self, run: str, bundle: str) -> None:
+        """Returns nothing if the model here is one of `run` and `bundle`, or there is none yet.
+
+        Raises:
+            StateError: the state belongs to another run or bundle.
+        """
+        if self._journal is not None and (self._journal.run, self._journal.bundle) != (run, bundle):
+            raise StateError(
+                f"{self.path} holds the model of run {self._journal.run!r}, bundle {self._journal.bundle[:12]}, not of "
+                f"{run!r}, bundle {bundle[:12]}: give another --state"
+            )
+
     def leased(self, lease: Lease) -> None:
         """Returns nothing; phase is `leased`, in the state's first round with the bundle's initial state.
 
         Raises:
             StateError: the state belongs to another run or bundle.
         """
+        self.check_owner(lease.run, lease.bundle)
         journal = self._journal or Journal(run=lease.run, bundle=lease.bundle)
-        if (journal.run, journal.bundle) != (lease.run, lease.bundle):
-            raise StateError(
-                f"{self.path} holds the model of run {journal.run!r}, bundle {journal.bundle[:12]}, not of "
-                f"{lease.run!r}, bundle {lease.bundle[:12]}: give another --state"
-            )
         self._commit(journal, phase="leased", lease=lease)
 
     def checkpointed(self, tensors: Mapping[str, NDArray[Any]], base: Floats, progress: Progress) -> None:

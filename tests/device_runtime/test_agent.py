@@ -10,7 +10,8 @@ import pytest
 from device_runtime import agent as agent_module
 from device_runtime.agent import Agent
 from device_runtime.engines import StepResult
-from device_runtime.errors import DataError, Stopped, Unauthorised
+from device_runtime.errors import DataError, StateError, Stopped, Unauthorised
+from device_runtime.examples import LocalData
 from device_runtime.retry import Backoff
 from device_runtime.state import DeviceState
 from device_runtime.watch import Watch
@@ -91,6 +92,31 @@ def test_catch_up_goes_from_the_thresholds_begun_from(
     expected = algorithm.apply_global(LAYOUT, before, base, np.array([0.5, 0.25, -0.5, 0.0], np.float32))
     assert np.array_equal(begun[0]["hidden.weight"], expected["hidden.weight"])
     assert np.array_equal(begun[0]["hidden.threshold"], [0.5, 0.25, -0.5, 0.0])
+    after, base = state.rest(bundle)
+    assert np.array_equal(base, [0.5, 0.25, -0.5, 0.0])
+    assert not np.array_equal(after["hidden.threshold"], base)
+    assert state.journal.version == 1
+
+
+def test_nothing_is_leased_before_the_device_can_train(agent: Make, server: FileServer) -> None:
+    worker = agent()
+
+    def no_data(manifest: object) -> LocalData:
+        raise DataError("no examples on this device")
+
+    worker._load = no_data
+    with pytest.raises(DataError):
+        worker.work()
+    assert not [request for request in server.requests if request.url.path.endswith("/leases")]
+
+
+def test_a_state_of_another_run_leases_nothing(
+    agent: Make, server: FileServer, state: DeviceState, bundle: Bundle
+) -> None:
+    state.leased(make_lease(bundle).model_copy(update={"run": "other"}))
+    with pytest.raises(StateError, match="holds the model of run 'other'"):
+        agent().work()
+    assert not [request for request in server.requests if request.url.path.endswith("/leases")]
 
 
 def test_a_late_update_keeps_its_training(

@@ -73,7 +73,7 @@ def run(folder: Path, bundle: Bundle, left: int) -> None:
                 client,
                 state,
                 Work("r", tempo=Tempo(3600.0, steps=1)),
-                load=lambda manifest: tiny_data(),
+                load=lambda manifest: tiny_data(count=5),  # a step and a left-over example per epoch
                 open_engine=NumpyEngine,
                 watch=watch,
                 report=report,

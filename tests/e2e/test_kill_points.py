@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 WRITES = 60
-"""At least so many: two rounds of four steps with a checkpoint each are well above it."""
+"""At least so many: two rounds of two steps with a checkpoint each are above it."""
 
 
 def test_a_device_killed_at_any_write_ends_with_the_same_weights_and_counts_each_round_once(
