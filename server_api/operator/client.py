@@ -101,7 +101,10 @@ class OperatorClient:
 
     def create(self, settings: RunSettings) -> RunView:
         """Returns the run of `settings`: new, or the one that already is exactly so."""
-        return self._one(RunView, "POST", "/runs", content=settings.model_dump_json().encode())
+        headers = {"Content-Type": "application/json"}
+        return self._one(
+            RunView, "POST", "/runs", content=settings.model_dump_json().encode(), headers=headers
+        )
 
     def runs(self) -> list[RunView]:
         """Returns every run."""
@@ -121,7 +124,7 @@ class OperatorClient:
         while True:
             after = rounds[-1].round if rounds else 0
             page = self._many(RoundView, f"/runs/{_segment(run)}/rounds?after={after}")
-            if not page:
+            if not page or page[-1].round <= after:  # the latter only from a server that pages wrongly
                 return rounds
             rounds += page
 
@@ -195,7 +198,7 @@ class OperatorClient:
         content: bytes | Callable[[], Iterator[bytes]] | None = None,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        headers = {**self._bearer(), "Content-Type": "application/json", **(headers or {})}
+        headers = {**self._bearer(), **(headers or {})}
         failures = 0
         while True:
             body = content() if callable(content) else content  # a stream is read afresh by every attempt

@@ -196,6 +196,20 @@ def test_create_sends_every_setting() -> None:
     assert RunSettings.model_validate_json(server.requests[0].content) == settings
 
 
+def test_rounds_are_asked_for_page_by_page() -> None:
+    def page(*numbers: int) -> httpx2.Response:
+        fixed = {"run": "demo", "state": "aggregated", "version": 0, "opened": 0, "deadline": 1, "leased": 1}
+        return ok(
+            [{**fixed, "round": number, "reported": 1, "target": 1, "minimum": 1} for number in numbers]
+        )
+
+    server = Server(page(1, 2), page(3), page())
+    assert [view.round for view in server.client().rounds("demo")] == [1, 2, 3]
+    assert [request.url.params["after"] for request in server.requests] == ["0", "2", "3"]
+    stuck = Server(page(1, 2), page(1, 2))
+    assert len(stuck.client().rounds("demo")) == 2
+
+
 # ---- bundles
 
 
