@@ -1,7 +1,7 @@
 """Training without a server: what a device reaches alone, to compare with what it reaches in a run."""
 
 from device_runtime.engines import Engine
-from device_runtime.errors import StateError
+from device_runtime.errors import Diverged, StateError
 from device_runtime.examples import LocalData
 from device_runtime.report import Report
 from device_runtime.state import DeviceState
@@ -71,7 +71,11 @@ def train_locally(
             tensors, _ = state.rest(bundle)
             own = bundle.manifest.layout.join(tensors)
             local_round.begin(tensors, own, own, seed)
-        local_round.run()
+        try:
+            local_round.run()
+        except Diverged:
+            state.diverged()  # so that the same command with a lower --lr starts this round anew
+            raise
 
 
 def _lease(bundle: Bundle, number: int, rounds: int, hyperparameters: Hyperparameters) -> Lease:

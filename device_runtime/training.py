@@ -105,7 +105,12 @@ class LocalRound:
             self._epoch(epoch, hyperparameters)
         tensors = self._engine.end_round()
         self._check(tensors)
-        self._state.trained(tensors, self._base, self._metrics(tensors))
+        metrics = self._metrics(tensors).model_dump(mode="json", exclude_none=True)
+        # ASCII, as a header must be: layer names need not be
+        self._state.trained(tensors, self._base, json.dumps(metrics, separators=(",", ":")))
+        self._report.event(
+            "round.trained", round=self._lease.round, dropped=self._progress.dropped, **metrics
+        )
 
     def _epoch(self, epoch: int, hyperparameters: Hyperparameters) -> None:
         train, lease = self._data.train, self._lease
@@ -173,10 +178,10 @@ class LocalRound:
         except (BundleError, WireError) as error:
             raise Diverged(f"{error} after {self._progress.steps} steps: {_ADVICE}") from error
 
-    def _metrics(self, tensors: dict[str, Floats]) -> str:
+    def _metrics(self, tensors: dict[str, Floats]) -> Metrics:
         at, validation = self._progress, self._data.validation
         density = algorithm.densities(self._manifest.layout, tensors).values()
-        metrics = Metrics(
+        return Metrics(
             examples=len(self._data.train),
             loss=min(at.loss / at.examples, MAX_LOSS),
             accuracy=accuracy(self._engine, tensors, validation) if len(validation) else None,
@@ -185,10 +190,6 @@ class LocalRound:
             seconds=round(at.seconds, 3),
             collapsed=at.collapsed,
         )
-        fields = metrics.model_dump(mode="json", exclude_none=True)
-        self._report.event("round.trained", round=self._lease.round, dropped=at.dropped, **fields)
-        # ASCII, as a header must be: layer names need not be
-        return json.dumps(fields, separators=(",", ":"))
 
     def _advance(self, **changes: float) -> None:
         self._progress = self._progress.model_copy(update=changes)

@@ -8,7 +8,7 @@ import pytest
 from device_runtime.agent import Agent, Work
 from device_runtime.client import Client
 from device_runtime.engines import Engine, open_engine
-from device_runtime.errors import StateError, Stopped
+from device_runtime.errors import Diverged, StateError, Stopped
 from device_runtime.examples import Examples, LocalData
 from device_runtime.journal import Identity
 from device_runtime.local import RUN, adopt, train_locally
@@ -104,6 +104,20 @@ def stop_after(engine: Engine, steps: int, watch: Watch) -> None:
         return step(*args)  # type: ignore[arg-type]
 
     engine.step = counted  # type: ignore[method-assign, assignment]
+
+
+def test_diverged_training_alone_starts_the_round_anew(
+    small_bundle: Bundle, data: LocalData, tmp_path: Path
+) -> None:
+    floats = Examples(data.train.inputs(small_bundle.manifest.input) * np.float32(1e30), data.train.y)
+    wild = LocalData(floats, data.validation)
+    with Watch(Events()) as watch:
+        with pytest.raises(Diverged, match="lower the run's lr"):
+            train(tmp_path, small_bundle, open_engine("onnx", small_bundle), wild, watch, Events())
+        with DeviceState(tmp_path) as state:
+            assert (state.journal.phase, state.journal.diverged, state.journal.trained) == ("idle", 1, 0)
+        tensors = train(tmp_path, small_bundle, open_engine("onnx", small_bundle), data, watch, Events())
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
 
 
 def test_a_state_of_a_run_is_not_trained_alone(small_bundle: Bundle, data: LocalData, tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import device_runtime
+from tests.spafl.test_docstrings import functions
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(device_runtime.__path__, "device_runtime."))
+COMMANDS = {"enrol", "run", "train", "status", "compact", "predict"}
+"""Their docstrings are help texts."""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_first_line_says_what_is_returned(module: str) -> None:
+    assert importlib.import_module(module).__doc__
+    for name, function in functions(module):
+        first = (inspect.getdoc(function) or "").partition("\n")[0]
+        spoken = module == "device_runtime.command" and name in COMMANDS
+        assert spoken or first.startswith(("Returns ", "Yields ")), f"{module}.{name}: {first!r}"
