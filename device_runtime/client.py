@@ -75,6 +75,10 @@ class Client:
             )
         except httpx2.InvalidURL as error:
             raise SettingsError(f"server {server!r} is not a usable URL: {error}") from error
+        if self._http.base_url.userinfo:
+            raise SettingsError(
+                "the server's URL holds a name or password, which would show up in logs: leave it out"
+            )
         if self._http.base_url.scheme not in ("http", "https") or not self._http.base_url.host:
             raise SettingsError(f"server {server!r} is not a URL: expected http://host:port or https://host")
 

@@ -235,6 +235,12 @@ def test_a_server_that_is_no_url_is_refused_in_words(server: str) -> None:
         Client(server)
 
 
+def test_a_url_with_a_password_is_refused_without_showing_it() -> None:
+    with pytest.raises(SettingsError, match="leave it out") as caught:
+        Client("http://me:hunter2@server")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("token", ["", "two\nlines", "naïve", "null\0"])
 def test_a_token_no_header_can_carry_is_refused_unseen(token: str) -> None:
     client = Client("http://server", SecretStr(token), transport=httpx2.MockTransport(lambda _: reply(200)))
