@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.demo.meter import Kind
 from trainer.demo.results import Device, Results
 from trainer.demo.scenario import Trail
 from trainer.figures import filters_figure, rounds_figure, thresholds_figure
@@ -112,14 +113,14 @@ def _overall_row(results: Results) -> Row:
 
 
 def _wire_rows(results: Results) -> list[Row]:
-    names = {
+    names: dict[Kind, str] = {
         "thresholds": "thresholds, down and up",
         "coordination": "leases and the like",
         "bundle": "bundle, once per device",
     }
     rows: list[Row] = []
     for kind, name in names.items():
-        counted = results.wire[kind]  # type: ignore[index]
+        counted = results.wire[kind]
         rows.append((name, str(counted.exchanges), _bytes(counted.body), _bytes(counted.total)))
     sends = str(2 * results.participations)
     return [*rows, ("FedAvg would send weights", sends, _bytes(results.fedavg_body), "")]
