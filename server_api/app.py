@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from server_api import problems
@@ -75,10 +75,9 @@ def create_app(
     app.state.stopping = threading.Event()
     app.add_middleware(BodyLimit)
     problems.install(app, settings.retry_after)
-    surface = APIRouter(prefix=PREFIX, responses=problems.RESPONSES)
-    for noun in (devices, runs, rounds, leases, thresholds, updates, bundles, events, versions):
-        surface.include_router(noun.router)
-    app.include_router(surface)
+    # routes are tried one after the other: those that devices use come first
+    for noun in (updates, leases, thresholds, bundles, devices, runs, rounds, events, versions):
+        app.include_router(noun.router, prefix=PREFIX, responses=problems.RESPONSES)
     _describe_problems(app)
     return app
 

@@ -1,13 +1,17 @@
 """What the server does: the pure round machine, the mean and the store brought together."""
 
+import asyncio
 import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 
 from server_api import errors, rounds, views
 from server_api.aggregation import Contribution, mean
@@ -17,18 +21,31 @@ from server_api.store import Change, Journal, RunRecord, Store, Update
 from server_api.summary import Report
 from spafl.canonical import sha256_hex
 from spafl.errors import WireError
-from spafl.layout import Floats, ThresholdLayout
+from spafl.layout import ThresholdLayout
 from spafl.manifest import Manifest
 from spafl.protocol import BundleView, Capabilities, Lease, Metrics, RoundView, RunSettings, RunView
-from spafl.wire import Precision, Thresholds, decode_thresholds, encode_thresholds
+from spafl.wire import Thresholds, decode_thresholds, encode_thresholds
 
 log = logging.getLogger(__name__)
 
-_LARGEST = {"f32": float(np.finfo(np.float32).max), "f16": float(np.finfo(np.float16).max)}
+_LARGEST_F16 = float(np.finfo(np.float16).max)
+_LONG_BODY = 256 * 1024
+"""Bytes; checking a longer one takes milliseconds, in which nothing else would be answered: it gets a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What never changes about a run."""
+
+    settings: RunSettings
+    layout: ThresholdLayout
 
 
 class Coordinator:
     """The rounds of every run in a store. Any method may be called from any thread.
+
+    What devices ask for most, `check_in` and `report`, are coroutines: a thread for each would cost more than what
+    it does.
 
     clock   returns the time, seconds since the epoch
     """
@@ -37,9 +54,9 @@ class Coordinator:
         self.store = store
         self.files = files
         self.clock = clock
-        # what never changes once it is there; a refusal is not remembered
+        self._facts: dict[str, Facts] = {}
+        # neither changes once it is there; a refusal is not remembered
         self.manifest = lru_cache(maxsize=64)(self._manifest)
-        self.settings = lru_cache(maxsize=1024)(self._settings)
         self.thresholds = lru_cache(maxsize=8)(self._thresholds)
 
     def add_bundle(self, upload: Path) -> tuple[BundleView, bool]:
@@ -135,45 +152,43 @@ class Coordinator:
             raise errors.NotFound(f"run {name!r} has had no round {number}")
         return found[0]
 
-    def check_in(self, name: str, device: str, capabilities: Capabilities) -> tuple[Lease, bool]:
+    async def check_in(self, name: str, device: str, capabilities: Capabilities) -> tuple[Lease, bool]:
         """Returns the lease of `device` in the open round, and whether it is new.
 
         Raises:
             NotFound, RunOver, RunNotStarted, RunPaused, AlreadyReported, RoundFull: as `rounds.check_in` says.
         """
-        now = self.clock()
-        change = self._change(
-            name, now, lambda run: rounds.check_in(run, device, now), capabilities=capabilities
-        )
+        facts, now = await self.facts_of(name), self.clock()
+        act = partial(rounds.check_in, device=device, now=now)
+        change = await asyncio.wrap_future(self._submit(facts, now, act, capabilities=capabilities))
         new = any(effect.kind == "lease.granted" for effect in change.step.effects)
-        return views.lease(change.step.run, device, self.layout(name).id), new
+        return views.lease(change.step.run, device, facts.layout.id), new
 
-    def report(self, name: str, number: int, device: str, body: bytes, metrics: Metrics) -> None:
+    async def report(self, name: str, number: int, device: str, body: bytes, metrics: Metrics) -> None:
         """Returns nothing once the update is counted and on disk; the same one again counts once.
 
         Raises:
             BadThresholds, BadMetrics: the update is not usable; nothing of it was kept.
             NotFound, RoundClosed, UpdateDiffers, LeaseExpired, NotLeased: as `rounds.report` says.
         """
-        settings, layout = self.settings(name), self.layout(name)
-        thresholds = _decoded(layout, body, settings.precision)
-        if metrics.density and len(metrics.density) != len(layout.layers):
-            raise errors.BadMetrics(
-                f"densities of {len(metrics.density)} layers, expected {len(layout.layers)} or none"
-            )
-        digest = sha256_hex(body + b"\0" + metrics.model_dump_json().encode())
-        update = Update(number, device, Report(digest, metrics), body)
-        now = self.clock()
+        facts = await self.facts_of(name)
+        layers = len(facts.layout.layers)
+        if metrics.density and len(metrics.density) != layers:
+            raise errors.BadMetrics(f"densities of {len(metrics.density)} layers, expected {layers} or none")
+        if len(body) > _LONG_BODY:
+            version, digest = await run_in_threadpool(_checked, facts, body, metrics)
+        else:
+            version, digest = _checked(facts, body, metrics)
+        update, now = Update(number, device, Report(digest, metrics), body), self.clock()
+
+        def act(run: Run) -> Step:
+            return rounds.report(run, number, device, version, update.report, now)
+
         try:
-            self._change(
-                name,
-                now,
-                lambda run: rounds.report(run, number, device, thresholds.version, update.report, now),
-                update=update,
-            )
+            await asyncio.wrap_future(self._submit(facts, now, act, update=update))
         except errors.RoundClosed:
             # the answer to a counted update may have been lost: told again, the device can forget it
-            counted = self.store.counted(name, number, device)
+            counted = await run_in_threadpool(self.store.counted, name, number, device)
             if counted is None:
                 raise
             if counted != digest:
@@ -188,40 +203,47 @@ class Coordinator:
             if record.run.due <= now:
                 self._change(record.run.settings.name, now, partial(rounds.settle, now=now))
 
-    def _change(
-        self,
-        name: str,
-        now: float,
-        act: Callable[[Run], Step],
-        update: Update | None = None,
-        capabilities: Capabilities | None = None,
-    ) -> Change:
-        settings, layout = self.settings(name), self.layout(name)
-
-        def decide(run: Run, journal: Journal) -> Change:
-            step = act(run)
-            thresholds, kinds = None, {effect.kind: effect for effect in step.effects}
-            if "round.aggregated" in kinds:
-                number = kinds["round.aggregated"].round
-                updates = journal.updates(number or 0)
-                if update is not None and "update.accepted" in kinds:
-                    updates = heapq.merge(updates, [update], key=attrgetter("device"))
-                thresholds = aggregated(settings, layout, updates, run.version + 1)
-            return Change(step, update, thresholds, capabilities)
-
-        change = self.store.change(name, now, decide)
-        for effect in change.step.effects:
-            if effect.kind.startswith(("run.", "round.")):
-                log.info("run %s: %s %s %s", name, effect.kind, effect.round or "", effect.data)
-        return change
-
-    def layout(self, name: str) -> ThresholdLayout:
-        """Returns the layout of the run's thresholds.
+    def facts(self, name: str) -> Facts:
+        """Returns what never changes about a run.
 
         Raises:
             NotFound: there is no such run.
         """
-        return self.manifest(self.settings(name).bundle).layout
+        if name not in self._facts:
+            settings = self.record(name).run.settings
+            self._facts[name] = Facts(settings, self.manifest(settings.bundle).layout)
+        return self._facts[name]
+
+    async def facts_of(self, name: str) -> Facts:
+        """Returns `facts`, asking the store in a thread the first time."""
+        known = self._facts.get(name)
+        return await run_in_threadpool(self.facts, name) if known is None else known
+
+    def _change(self, name: str, now: float, act: Callable[[Run], Step]) -> Change:
+        return self._submit(self.facts(name), now, act).result()
+
+    def _submit(
+        self,
+        facts: Facts,
+        now: float,
+        act: Callable[[Run], Step],
+        *,
+        update: Update | None = None,
+        capabilities: Capabilities | None = None,
+    ) -> Future[Change]:
+        def decide(run: Run, journal: Journal) -> Change:
+            step = act(run)
+            thresholds, kinds = None, {effect.kind: effect for effect in step.effects}
+            if "round.aggregated" in kinds:
+                updates = journal.updates(kinds["round.aggregated"].round or 0)
+                if update is not None and "update.accepted" in kinds:
+                    updates = heapq.merge(updates, [update], key=attrgetter("device"))
+                thresholds = aggregated(facts, updates, run.version + 1)
+            return Change(step, update, thresholds, capabilities)
+
+        answer = self.store.submit(facts.settings.name, now, decide)
+        answer.add_done_callback(_log)
+        return answer
 
     def _manifest(self, bundle: str) -> Manifest:
         data = self.store.manifest(bundle)
@@ -235,43 +257,48 @@ class Coordinator:
             raise errors.NotFound(f"run {name!r} has no thresholds of version {version}")
         return body
 
-    def _settings(self, name: str) -> RunSettings:
-        return self.record(name).run.settings
 
-
-def aggregated(
-    settings: RunSettings, layout: ThresholdLayout, updates: Iterable[Update], version: int
-) -> bytes:
+def aggregated(facts: Facts, updates: Iterable[Update], version: int) -> bytes:
     """Returns the body of global thresholds `version`: the mean of `updates`, which ascend by device id."""
     contributions = (
         Contribution(
-            update.device, update.report.metrics.examples, decode_thresholds(layout, update.body).values
+            update.device,
+            update.report.metrics.examples,
+            decode_thresholds(facts.layout, update.body).values,
         )
         for update in updates
     )
-    values: Floats = mean(contributions, settings.weighting)
-    return encode_thresholds(layout, Thresholds(values, version), settings.precision)
+    values = mean(contributions, facts.settings.weighting)
+    return encode_thresholds(facts.layout, Thresholds(values, version), facts.settings.precision)
 
 
-def replay(store: Store, name: str, layout: ThresholdLayout) -> Iterator[tuple[int, bytes]]:
-    """Yields each version of a run's thresholds above 0 with its body, computed again from the counted updates."""
-    record = store.run(name)
-    after = 0
-    while record is not None and (page := store.rounds(name, after, 256)):
+def replay(store: Store, facts: Facts) -> Iterator[tuple[int, bytes]]:
+    """Yields each version above 0 of a run's thresholds with its body, computed again from the counted updates."""
+    name, after = facts.settings.name, 0
+    while page := store.rounds(name, after, 256):
         for round in page:
             if round.state == "aggregated":
                 version = round.version + 1
-                updates = store.updates(name, round.round)
-                yield version, aggregated(record.run.settings, layout, updates, version)
+                yield version, aggregated(facts, store.updates(name, round.round), version)
         after = page[-1].round
 
 
-def _decoded(layout: ThresholdLayout, body: bytes, precision: Precision) -> Thresholds:
+def _checked(facts: Facts, body: bytes, metrics: Metrics) -> tuple[int, str]:
+    """Returns the version an update was trained from and the digest of the update, once it is found usable."""
     try:
-        thresholds = decode_thresholds(layout, body)
+        thresholds = decode_thresholds(facts.layout, body)
     except WireError as error:
         raise errors.BadThresholds(str(error)) from error
-    # the mean of such values could not be sent, and the run could not go on
-    if float(np.abs(thresholds.values).max()) > _LARGEST[precision]:
-        raise errors.BadThresholds(f"a threshold above {_LARGEST[precision]}, the largest {precision} holds")
-    return thresholds
+    # a mean that f16 cannot hold could not be sent, and the run could not go on
+    if facts.settings.precision == "f16" and float(np.abs(thresholds.values).max()) > _LARGEST_F16:
+        raise errors.BadThresholds(f"a threshold beyond {_LARGEST_F16:.0f}, the most this run's f16 can hold")
+    return thresholds.version, sha256_hex(body + b"\0" + metrics.model_dump_json().encode())
+
+
+def _log(answer: Future[Change]) -> None:
+    if answer.cancelled() or answer.exception() is not None:
+        return
+    step = answer.result().step
+    for effect in step.effects:
+        if effect.kind.startswith(("run.", "round.")):
+            log.info("run %s: %s %s %s", step.run.settings.name, effect.kind, effect.round or "", effect.data)

@@ -39,7 +39,7 @@ class Keyring:
     A token that was replaced may so be accepted that much longer by a process that did not replace it.
     """
 
-    REMEMBERED = 30.0
+    REMEMBERED = 300.0
     _MOST = 100_000
 
     def __init__(self, store: Store, clock: Callable[[], float]) -> None:

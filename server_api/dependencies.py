@@ -6,7 +6,8 @@ They are coroutines because FastAPI would run plain functions on another thread,
 from typing import Annotated, cast
 
 from fastapi import Depends, Path, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
+from fastapi.security.base import SecurityBase
 from starlette.concurrency import run_in_threadpool
 
 from server_api.coordinator import Coordinator
@@ -16,60 +17,43 @@ from server_api.settings import Settings
 from server_api.store import Principal, Role
 from spafl.protocol import BundleId, Name
 
-_Credentials = HTTPAuthorizationCredentials | None
-
-ADMIN_TOKEN = HTTPBearer(auto_error=False, scheme_name="admin", description="Operators: the admin token.")
-DEVICE_TOKEN = HTTPBearer(
-    auto_error=False, scheme_name="device", description="Devices: the token got on enrolment."
-)
-ENROLMENT_KEY = HTTPBearer(
-    auto_error=False, scheme_name="enrolment", description="Enrolling devices: the enrolment key."
-)
-
-
-_NEEDED: dict[tuple[Role, ...], str] = {
-    ("admin",): "admin token",
-    ("device",): "device's token",
-    ("enrolment",): "enrolment key",
-    ("admin", "device"): "admin token or a device's token",
+_WHOSE: dict[Role, tuple[str, str]] = {
+    "admin": ("admin token", "Operators: the admin token."),
+    "device": ("device's token", "Devices: the token got on enrolment."),
+    "enrolment": ("enrolment key", "Enrolling devices: the enrolment key."),
 }
 
 
-async def _require(request: Request, credentials: _Credentials, *roles: Role) -> Principal:
-    if credentials is None:
-        raise Unauthorized(f"send the {_NEEDED[roles]} as `Authorization: Bearer ...`")
-    keyring = cast(Keyring, request.app.state.keyring)
-    token = credentials.credentials
-    principal = keyring.remembered(token)
-    if principal is None:
-        principal = await run_in_threadpool(keyring.identify, token)
-    if principal.role not in roles:
-        raise Forbidden(f"this needs the {_NEEDED[roles]}; the one given is of role {principal.role}")
-    return principal
+class Token(SecurityBase):
+    """A dependency: the bearer token of someone in one of the roles `accepted`, shown in OpenAPI as the first one's."""
+
+    def __init__(self, *accepted: Role) -> None:
+        self.accepted = accepted
+        self.scheme_name = accepted[0]
+        self.model = HTTPBearerModel(description=_WHOSE[accepted[0]][1])
+
+    async def __call__(self, request: Request) -> Principal:
+        """Returns who is calling.
+
+        Raises:
+            Unauthorized: no token, or one nobody knows.
+            Forbidden: the token of another role.
+        """
+        needed = " or ".join(_WHOSE[role][0] for role in sorted(self.accepted))
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthorized(f"send the {needed} as `Authorization: Bearer ...`")
+        keyring = cast(Keyring, request.app.state.keyring)
+        principal = keyring.remembered(token)
+        if principal is None:
+            principal = await run_in_threadpool(keyring.identify, token)
+        if principal.role not in self.accepted:
+            raise Forbidden(f"this needs the {needed}; the one given is of role {principal.role}")
+        return principal
 
 
-async def _admin(request: Request, token: Annotated[_Credentials, Depends(ADMIN_TOKEN)]) -> Principal:
-    return await _require(request, token, "admin")
-
-
-async def _device(request: Request, token: Annotated[_Credentials, Depends(DEVICE_TOKEN)]) -> str:
-    principal = await _require(request, token, "device")
-    return cast(str, principal.device)
-
-
-async def _enrolment(request: Request, key: Annotated[_Credentials, Depends(ENROLMENT_KEY)]) -> Principal:
-    return await _require(request, key, "enrolment")
-
-
-async def _member(
-    request: Request,
-    token: Annotated[_Credentials, Depends(ADMIN_TOKEN)],
-    _: Annotated[_Credentials, Depends(DEVICE_TOKEN)],
-) -> Principal:
-    return await _require(request, token, "admin", "device")
-
-
-async def _coordinator(request: Request) -> Coordinator:
+async def coordinator_of(request: Request) -> Coordinator:
+    """Returns the application's coordinator."""
     return cast(Coordinator, request.app.state.coordinator)
 
 
@@ -77,16 +61,16 @@ async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-admin = Depends(_admin)
-"""For routes that only need an admin to call, not to know which."""
-member = Depends(_member)
-"""For routes that admins and devices may call."""
-enrolment = Depends(_enrolment)
+admin = [Depends(Token("admin"))]
+"""For routes that an admin may call."""
+member = [Depends(Token("admin", "device")), Depends(Token("device", "admin"))]
+"""For routes that admins and devices may call: two schemes in OpenAPI, each accepting both."""
+enrolment = [Depends(Token("enrolment"))]
 """For the one route an enrolment key opens."""
 
-DeviceId = Annotated[str, Depends(_device)]
-"""The id of the calling device."""
-Rounds = Annotated[Coordinator, Depends(_coordinator)]
+Caller = Annotated[Principal, Depends(Token("device"))]
+"""The calling device."""
+Rounds = Annotated[Coordinator, Depends(coordinator_of)]
 Setting = Annotated[Settings, Depends(_settings)]
 
 RunName = Annotated[Name, Path(description="The run's name.")]

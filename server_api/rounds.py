@@ -228,7 +228,8 @@ def report(run: Run, number: int, device: str, version: int, update: Report, now
         raise errors.NotLeased(f"this device has no lease in round {number}: check in first")
     if version != round.version:
         raise errors.BadThresholds(f"thresholds trained from version {version}, expected {round.version}")
-    leases = {holder: expires for holder, expires in round.leases.items() if holder != device}
+    leases = dict(round.leases)
+    del leases[device]
     counted = replace(round, leases=leases, reports={**round.reports, device: update})
     examples: Data = {"examples": update.metrics.examples}
     step = step.then(replace(run, round=counted), Effect("update.accepted", number, device, examples))

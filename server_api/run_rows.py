@@ -4,17 +4,21 @@ Functions on a connection inside a transaction, whose limits are the store's bus
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, Row, and_, bindparam, insert, null, select, update
+from sqlalchemy import Connection, Row, Table, and_, bindparam, insert, null, select, update
 
 from server_api import tables
-from server_api.rounds import Effect, Round, Run
+from server_api.rounds import Data, Effect, Round, Run
 from server_api.store import Change, RunRecord, Update
 from server_api.summary import Report
 from spafl.protocol import Event, Metrics, RoundView, RunSettings
+
+Values: TypeAlias = dict[str, Any]
 
 _RUN = select(tables.runs).where(tables.runs.c.run == bindparam("name"))
 _ROUND = select(tables.rounds).where(
@@ -45,29 +49,55 @@ _REPORTS = (
 )
 _UPDATES = _REPORTS.add_columns(tables.updates.c.body).execution_options(yield_per=64)
 
-_NAMED_RUN = tables.runs.c.run == bindparam("name")
-_NAMED_ROUND = and_(tables.rounds.c.run == bindparam("name"), tables.rounds.c.round == bindparam("number"))
-_NAMED_LEASE = and_(
-    tables.leases.c.run == bindparam("name"),
-    tables.leases.c.round == bindparam("number"),
-    tables.leases.c.device == bindparam("holder"),
-)
-_UPDATE_RUN = update(tables.runs).where(_NAMED_RUN)
-_UPDATE_ROUND = update(tables.rounds).where(_NAMED_ROUND)
-_UPDATE_LEASE = update(tables.leases).where(_NAMED_LEASE)
-_UPDATE_DEVICE = update(tables.devices).where(tables.devices.c.device == bindparam("holder"))
+_TABLES = tables.metadata.sorted_tables
+_INSERT = {table.name: insert(table) for table in _TABLES}
+# the parameters that name the row: `key_` and its column, for a column's own name would set it
+_UPDATE = {
+    table.name: update(table).where(
+        *(column == bindparam(f"key_{column.name}") for column in table.primary_key)
+    )
+    for table in _TABLES
+}
+
+
+class Rows:
+    """Rows to be written together on `connection`: many of a kind in one statement, as databases like it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._inserts: defaultdict[str, list[Values]] = defaultdict(list)
+        self._updates: defaultdict[str, list[Values]] = defaultdict(list)
+
+    def insert(self, table: Table, values: Values) -> None:
+        """Returns nothing; the row is written by `write`."""
+        self._inserts[table.name].append(values)
+
+    def update(self, table: Table, key: Values, values: Values) -> None:
+        """Returns nothing; `write` sets `values` in the row of `key` after the inserts, per table in order of calls."""
+        self._updates[table.name].append({**{f"key_{name}": part for name, part in key.items()}, **values})
+
+    def write(self) -> None:
+        """Returns nothing; everything is written."""
+        for table in _TABLES:
+            if rows := self._inserts.pop(table.name, None):
+                self.connection.execute(_INSERT[table.name], rows)
+        for table in _TABLES:
+            # rows that set the same columns go together
+            for _, alike in groupby(self._updates.pop(table.name, ()), key=tuple):
+                self.connection.execute(_UPDATE[table.name], list(alike))
 
 
 @dataclass(frozen=True, slots=True)
 class RowJournal:
-    """A run's journal, read on the connection of the transaction it was made for."""
+    """A run's journal, read in the transaction of `rows`."""
 
-    connection: Connection
+    rows: Rows
     name: str
 
     def updates(self, round: int) -> Iterator[Update]:
         """Yields the counted updates of a round by ascending device id, a few at a time."""
-        for row in self.connection.execute(_UPDATES, {"name": self.name, "number": round}):
+        self.rows.write()
+        for row in self.rows.connection.execute(_UPDATES, {"name": self.name, "number": round}):
             report = Report(row.digest, Metrics.model_validate_json(row.metrics))
             yield Update(round, row.device, report, row.body)
 
@@ -99,37 +129,28 @@ def load_run(
     return RunRecord(run, row.layout, row.created, row.revision)
 
 
-def save_change(connection: Connection, record: RunRecord, change: Change, now: float) -> RunRecord:
-    """Returns the run after `change`, every row of which is written."""
+def add_change(rows: Rows, record: RunRecord, change: Change, now: float) -> RunRecord:
+    """Returns the run after `change`, whose rows are added to `rows`."""
     run, effects = change.step.run, change.step.effects
     name, revision = run.settings.name, record.revision + len(effects)
     if not effects:
         return record
     for effect in effects:
-        _save_effect(connection, record.run, effect, change, now)
-    add_events(connection, name, record.revision, effects, now)
-    connection.execute(_UPDATE_RUN, {"name": name, "revision": revision, **run_values(run)})
+        _add_effect(rows, record.run, effect, change, now)
+    add_events(rows, name, record.revision, effects, now)
+    rows.update(tables.runs, {"run": name}, {"revision": revision, **run_values(run)})
     return RunRecord(run, record.layout, record.created, revision)
 
 
-def add_events(connection: Connection, name: str, last: int, effects: tuple[Effect, ...], now: float) -> None:
+def add_events(rows: Rows, name: str, last: int, effects: tuple[Effect, ...], now: float) -> None:
     """Returns nothing; the effects are the run's events numbered from `last` + 1."""
-    rows = [
-        {
-            "run": name,
-            "id": id,
-            "time": now,
-            "kind": effect.kind,
-            "round": effect.round,
-            "device": effect.device,
-            "data": json.dumps(effect.data, allow_nan=False),
-        }
-        for id, effect in enumerate(effects, last + 1)
-    ]
-    connection.execute(insert(tables.events), rows)
+    for id, effect in enumerate(effects, last + 1):
+        event = {"run": name, "id": id, "time": now, "kind": effect.kind, "round": effect.round}
+        data = json.dumps(effect.data, allow_nan=False)
+        rows.insert(tables.events, {**event, "device": effect.device, "data": data})
 
 
-def run_values(run: Run) -> dict[str, Any]:
+def run_values(run: Run) -> Values:
     """Returns the columns of a run that change, by name."""
     return {
         "state": run.state,
@@ -191,52 +212,55 @@ def _open_round(connection: Connection, name: str, number: int) -> Round | None:
     )
 
 
-def _save_effect(connection: Connection, before: Run, effect: Effect, change: Change, now: float) -> None:
+def _add_effect(rows: Rows, before: Run, effect: Effect, change: Change, now: float) -> None:
     name, data = before.settings.name, effect.data
-    key: dict[str, Any] = {"name": name, "number": effect.round}
+    key: Values = {"run": name, "round": effect.round}
     match effect.kind:
         case "round.opened":
-            row = {"run": name, "round": effect.round, "state": "open", "opened": now, "extended": False}
-            connection.execute(insert(tables.rounds), {**row, **data})
+            rows.insert(tables.rounds, {**key, "state": "open", "opened": now, "extended": False, **data})
         case "round.extended" | "run.resumed" if change.step.run.round is not None:
             round = change.step.run.round
-            key = {"name": name, "number": round.number}
-            values: dict[str, Any] = {"deadline": round.deadline, "extended": round.extended}
-            connection.execute(_UPDATE_ROUND, {**key, **values})
-        case "round.aggregated" | "round.failed":
-            figures = {figure: value for figure, value in data.items() if figure != "version"}
-            state = effect.kind.removeprefix("round.")
-            values = {"state": state, "closed": now, "figures": json.dumps(figures, allow_nan=False)}
-            connection.execute(_UPDATE_ROUND, {**key, **values})
-            if state == "aggregated":
-                version = {"run": name, "version": data["version"], "body": change.thresholds}
-                connection.execute(insert(tables.thresholds), version)
+            values: Values = {"deadline": round.deadline, "extended": round.extended}
+            rows.update(tables.rounds, {"run": name, "round": round.number}, values)
+        case "round.aggregated":
+            _close_round(rows, key, "aggregated", data, now)
+            version = {"run": name, "version": data["version"], "body": change.thresholds}
+            rows.insert(tables.thresholds, version)
+        case "round.failed":
+            _close_round(rows, key, "failed", data, now)
         case "lease.granted":
-            _save_lease(connection, before, effect)
-            seen: dict[str, Any] = {"holder": effect.device, "last_seen": now}
-            if change.capabilities is not None:
-                seen["capabilities"] = change.capabilities.model_dump_json()
-            connection.execute(_UPDATE_DEVICE, seen)
+            _add_lease(rows, before, effect, key)
+            said = change.capabilities.model_dump_json() if change.capabilities else None
+            seen = {"last_seen": now} | ({"capabilities": said} if said else {})
+            rows.update(tables.devices, {"device": effect.device}, seen)
         case "lease.expired":
-            connection.execute(_UPDATE_LEASE, {**key, "holder": effect.device, "lapsed": True})
+            rows.update(tables.leases, {**key, "device": effect.device}, {"lapsed": True})
         case "update.accepted":
-            _save_update(connection, name, change)
-            connection.execute(_UPDATE_DEVICE, {"holder": effect.device, "last_seen": now})
+            _add_update(rows, name, change)
+            rows.update(tables.devices, {"device": effect.device}, {"last_seen": now})
 
 
-def _save_lease(connection: Connection, before: Run, effect: Effect) -> None:
-    name, device = before.settings.name, effect.device
+def _close_round(rows: Rows, key: Values, state: str, data: Data, now: float) -> None:
+    figures = {figure: value for figure, value in data.items() if figure != "version"}
+    closed = {"state": state, "closed": now, "figures": json.dumps(figures, allow_nan=False)}
+    rows.update(tables.rounds, key, closed)
+
+
+def _add_lease(rows: Rows, before: Run, effect: Effect, key: Values) -> None:
     values = {"expires": effect.data["expires"], "lapsed": False}
     round = before.round
-    if round is not None and round.number == effect.round and device in {*round.leases, *round.lapsed}:
-        key = {"name": name, "number": effect.round, "holder": device}
-        connection.execute(_UPDATE_LEASE, {**key, **values})
+    again = (
+        round is not None
+        and round.number == effect.round
+        and (effect.device in round.leases or effect.device in round.lapsed)
+    )
+    if again:
+        rows.update(tables.leases, {**key, "device": effect.device}, values)
     else:
-        row = {"run": name, "round": effect.round, "device": device, **values}
-        connection.execute(insert(tables.leases), row)
+        rows.insert(tables.leases, {**key, "device": effect.device, **values})
 
 
-def _save_update(connection: Connection, name: str, change: Change) -> None:
+def _add_update(rows: Rows, name: str, change: Change) -> None:
     counted = change.update
     assert counted is not None, "an accepted update comes with its bytes"
     row = {
@@ -247,4 +271,4 @@ def _save_update(connection: Connection, name: str, change: Change) -> None:
         "metrics": counted.report.metrics.model_dump_json(exclude_defaults=True),
         "body": counted.body,
     }
-    connection.execute(insert(tables.updates), row)
+    rows.insert(tables.updates, row)

@@ -2,11 +2,11 @@
 
 import hmac
 import threading
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from sqlalchemy import Connection, Row, create_engine, delete, func, insert, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
@@ -23,6 +23,10 @@ from spafl.protocol import BundleView, Capabilities, DeviceView, Event, RoundVie
 _BUNDLE = [column for column in tables.bundles.c if column.name != "manifest"]
 
 
+_CONNECTIONS = 50
+"""More than the 40 threads requests run on, so that nobody waits for one."""
+
+
 @dataclass(slots=True)
 class _Wish:
     """A change somebody waits for."""
@@ -36,8 +40,8 @@ class _Wish:
 class SqlStore(Store):
     """A store in the database at `url`, brought to today's schema first.
 
-    Changes that threads ask for while another change is being written are written next in one transaction: one
-    commit, and so one wait for the disk, for all of them.
+    One thread writes the changes. Those submitted while it writes are written next in one transaction: one commit,
+    and so one wait for the disk, for all of them.
 
     Raises:
         SettingsError: the URL is not a database this version knows, or cannot be opened.
@@ -52,20 +56,23 @@ class SqlStore(Store):
             raise SettingsError(
                 f"database {parsed.render_as_string()}: this version stores in sqlite:///path/to/file.db"
             )
-        self._engine = create_engine(parsed, pool_size=8, max_overflow=64, hide_parameters=True)
+        self._engine = create_engine(parsed, pool_size=_CONNECTIONS, max_overflow=0, hide_parameters=True)
         sqlite.prepare(self._engine)
         self._writer = self._engine.execution_options(**{sqlite.WRITES: True})
-        self._turn = threading.Lock()
-        self._wishes: deque[_Wish] = deque()
+        self._wishes: SimpleQueue[_Wish | None] = SimpleQueue()
         self._known: dict[str, RunRecord] = {}
         try:
             with self._writing() as connection:
                 upgrade(connection)
         except (StoreBusy, SQLAlchemyError) as error:
             raise SettingsError(f"cannot open database {parsed.render_as_string()}: {error}") from error
+        self._writes = threading.Thread(target=self._write_wishes, name="store", daemon=True)
+        self._writes.start()
 
     def close(self) -> None:
-        """Returns nothing; connections are closed, and the store must not be used again."""
+        """Returns nothing; what was submitted is stored, connections are closed. The store must not be used again."""
+        self._wishes.put(None)
+        self._writes.join()
         self._engine.dispose()
 
     def ping(self) -> None:
@@ -93,7 +100,7 @@ class SqlStore(Store):
         with self._reading() as connection:
             row = connection.execute(query).one_or_none()
         known = row is not None and hmac.compare_digest(row.digest, digest)
-        return Principal(row.role, row.device) if row is not None and known else None
+        return Principal(row.role, row.device or "") if row is not None and known else None
 
     def add_device(
         self, device: str, name: str | None, capabilities: Capabilities, digest: str, now: float
@@ -176,7 +183,9 @@ class SqlStore(Store):
             with self._writing() as connection:
                 connection.execute(insert(tables.runs), row)
                 connection.execute(insert(tables.thresholds), {"run": name, "version": 0, "body": thresholds})
-                run_rows.add_events(connection, name, 0, (Effect("run.created"),), now)
+                rows = run_rows.Rows(connection)
+                run_rows.add_events(rows, name, 0, (Effect("run.created"),), now)
+                rows.write()
         except IntegrityError:
             if self.run(name) is None:
                 raise
@@ -198,23 +207,31 @@ class SqlStore(Store):
             records = (run_rows.load_run(connection, name, self._known.get(name)) for name in names)
             return [record for record in records if record is not None]
 
-    def change(self, name: str, now: float, decide: Decision) -> Change:
-        """Returns what `decide` made of the run's state, once it is stored: everything of it or nothing."""
+    def submit(self, name: str, now: float, decide: Decision) -> Future[Change]:
+        """Returns at once; its result is what `decide` made of the run's state, once everything of it is stored."""
         wish = _Wish(name, now, decide)
-        self._wishes.append(wish)
-        with self._turn:
-            # whoever had the turn before may have written this wish with its own
-            if not wish.answer.done():
-                self._write([self._wishes.popleft() for _ in range(len(self._wishes))])
-        return wish.answer.result()
+        self._wishes.put(wish)
+        return wish.answer
+
+    def _write_wishes(self) -> None:
+        while True:
+            # whatever was asked for while the last transaction was written is written in one
+            wishes = [self._wishes.get(), *(self._wishes.get_nowait() for _ in range(self._wishes.qsize()))]
+            asked = [wish for wish in wishes if wish is not None]
+            # an answer nobody waits for any more is cancelled, and so is the wish
+            self._write([wish for wish in asked if wish.answer.set_running_or_notify_cancel()])
+            if len(asked) < len(wishes):
+                return
 
     def _write(self, wishes: list[_Wish]) -> None:
         records: dict[str, RunRecord] = {}
-        answers: list[tuple[_Wish, Change | Exception]] = []
+        answers: list[Change | Exception] = []
         try:
             with self._writing() as connection:
+                rows = run_rows.Rows(connection)
                 for wish in wishes:
-                    answers.append((wish, self._fulfil(connection, records, wish)))
+                    answers.append(self._fulfil(rows, records, wish))
+                rows.write()
         except Exception as error:
             if len(wishes) == 1:
                 wishes[0].answer.set_exception(error)
@@ -223,27 +240,25 @@ class SqlStore(Store):
                     self._write([wish])
             return
         self._known |= records
-        for wish, answer in answers:
+        for wish, answer in zip(wishes, answers, strict=True):
             if isinstance(answer, Exception):
                 wish.answer.set_exception(answer)
             else:
                 wish.answer.set_result(answer)
 
-    def _fulfil(
-        self, connection: Connection, records: dict[str, RunRecord], wish: _Wish
-    ) -> Change | Exception:
+    def _fulfil(self, rows: run_rows.Rows, records: dict[str, RunRecord], wish: _Wish) -> Change | Exception:
         record = records.get(wish.name) or run_rows.load_run(
-            connection, wish.name, self._known.get(wish.name), lock=True
+            rows.connection, wish.name, self._known.get(wish.name), lock=True
         )
         if record is None:
             return NotFound(f"there is no run {wish.name!r}")
         try:
-            change = wish.decide(record.run, RowJournal(connection, wish.name))
+            change = wish.decide(record.run, RowJournal(rows, wish.name))
         except SQLAlchemyError:
             raise
         except Exception as error:  # a refusal, or a defect: this wish's alone, it has written nothing
             return error
-        records[wish.name] = run_rows.save_change(connection, record, change, wish.now)
+        records[wish.name] = run_rows.add_change(rows, record, change, wish.now)
         return change
 
     def rounds(self, name: str, after: int, limit: int) -> list[RoundView]:
@@ -281,7 +296,7 @@ class SqlStore(Store):
     def updates(self, name: str, round: int) -> Iterator[Update]:
         """Yields the counted updates of a round by ascending device id."""
         with self._reading() as connection:
-            yield from RowJournal(connection, name).updates(round)
+            yield from RowJournal(run_rows.Rows(connection), name).updates(round)
 
     def events(self, name: str, after: int, limit: int) -> list[Event]:
         """Returns up to `limit` events of a run with ids above `after`, by id."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -14,10 +15,10 @@ Role: TypeAlias = Literal["admin", "device", "enrolment"]
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who holds a token: a role, and the device if it is one's."""
+    """Who holds a token: a role, and the device's id if it is a device's."""
 
     role: Role
-    device: str | None = None
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +150,20 @@ class Store(ABC):
         """Returns every run, the newest first; with `live` only those that are neither finished nor stopped."""
 
     @abstractmethod
-    def change(self, name: str, now: float, decide: Decision) -> Change:
-        """Returns what `decide` made of the run's state, once it is stored: everything of it or nothing.
+    def submit(self, name: str, now: float, decide: Decision) -> Future[Change]:
+        """Returns at once; its result is what `decide` made of the run's state, once everything of it is stored.
 
         decide is called with the run's current state and its journal while nothing else changes the run; whatever
-        it raises is raised here and changes nothing. It must not call the store, and may be called again if what it
-        decided first could not be written.
+        it raises is the result's exception and changes nothing. It must not call the store, and may be called again
+        if what it decided first could not be written. It sees the submissions before it done.
 
-        Raises:
+        The result may raise:
             NotFound: there is no run `name`.
         """
+
+    def change(self, name: str, now: float, decide: Decision) -> Change:
+        """Returns the result of `submit`, waiting for it."""
+        return self.submit(name, now, decide).result()
 
     @abstractmethod
     def rounds(self, name: str, after: int, limit: int) -> list[RoundView]:

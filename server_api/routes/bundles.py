@@ -24,7 +24,7 @@ _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "
 @router.post(
     "",
     status_code=201,
-    dependencies=[admin],
+    dependencies=admin,
     responses={200: {"model": BundleView, "description": "There already."}},
     openapi_extra={
         "requestBody": {
@@ -51,7 +51,7 @@ async def upload_bundle(
     return bundle
 
 
-@router.get("", dependencies=[admin])
+@router.get("", dependencies=admin)
 def list_bundles(coordinator: Rounds) -> list[BundleView]:
     """Returns every bundle, the newest first."""
     return coordinator.store.bundles()
@@ -59,7 +59,7 @@ def list_bundles(coordinator: Rounds) -> list[BundleView]:
 
 @router.get(
     "/{bundle}",
-    dependencies=[member],
+    dependencies=member,
     response_class=Response,
     responses={
         200: {
@@ -84,7 +84,7 @@ def show_manifest(
 
 @router.get(
     "/{bundle}/files/{name:path}",
-    dependencies=[member],
+    dependencies=member,
     response_class=Response,
     responses={
         200: {"description": "The whole file.", "content": _BINARY},

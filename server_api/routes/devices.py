@@ -12,7 +12,7 @@ from spafl.protocol import DeviceView, Enrolment, EnrolmentRequest
 router = APIRouter(prefix="/devices", tags=["devices"])
 
 
-@router.post("", status_code=201, dependencies=[enrolment])
+@router.post("", status_code=201, dependencies=enrolment)
 def enrol(request: EnrolmentRequest, coordinator: Rounds) -> Enrolment:
     """Returns a new device's id and its token, which is shown this once."""
     device, token = f"d{secrets.token_hex(8)}", new_token("device")
@@ -22,7 +22,7 @@ def enrol(request: EnrolmentRequest, coordinator: Rounds) -> Enrolment:
     return Enrolment(device=device, token=token)
 
 
-@router.get("", dependencies=[admin])
+@router.get("", dependencies=admin)
 def list_devices(
     coordinator: Rounds,
     limit: Limit = 1000,

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from server_api.dependencies import Rounds, RunName, admin
 from spafl.wire import MAX_VERSION
 
-router = APIRouter(prefix="/runs/{run}/events", tags=["events"], dependencies=[admin])
+router = APIRouter(prefix="/runs/{run}/events", tags=["events"], dependencies=admin)
 
 PAGE = 500
 POLL_SECONDS = 0.25

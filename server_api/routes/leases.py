@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Response
 
-from server_api.dependencies import DeviceId, Rounds, RunName
+from server_api.dependencies import Caller, Rounds, RunName
 from spafl.protocol import Lease, LeaseRequest
 
 router = APIRouter(prefix="/runs/{run}/leases", tags=["leases"])
@@ -14,8 +14,8 @@ router = APIRouter(prefix="/runs/{run}/leases", tags=["leases"])
     response_model=Lease,
     responses={200: {"model": Lease, "description": "The lease this device holds already."}},
 )
-def check_in(run: RunName, request: LeaseRequest, device: DeviceId, coordinator: Rounds) -> Response:
+async def check_in(run: RunName, request: LeaseRequest, caller: Caller, coordinator: Rounds) -> Response:
     """Returns the device's lease in the open round. 409 and 503 say when to come back (Retry-After)."""
-    lease, new = coordinator.check_in(run, device, request.capabilities)
+    lease, new = await coordinator.check_in(run, caller.device, request.capabilities)
     # written straight from the model: it is our own, validating it again would double the cost of a check-in
     return Response(lease.model_dump_json(), 201 if new else 200, media_type="application/json")

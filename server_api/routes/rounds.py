@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from server_api.dependencies import Limit, RoundNumber, Rounds, RunName, admin
 from spafl.protocol import RoundView
 
-router = APIRouter(prefix="/runs/{run}/rounds", tags=["rounds"], dependencies=[admin])
+router = APIRouter(prefix="/runs/{run}/rounds", tags=["rounds"], dependencies=admin)
 
 
 @router.get("")

@@ -12,7 +12,7 @@ from server_api.etag import etag, matches
 from spafl.canonical import sha256_hex
 from spafl.wire import MAX_VERSION, MEDIA_TYPE, decode_thresholds
 
-router = APIRouter(prefix="/runs/{run}/thresholds", tags=["thresholds"], dependencies=[member])
+router = APIRouter(prefix="/runs/{run}/thresholds", tags=["thresholds"], dependencies=member)
 
 _Version = Literal["latest"] | Annotated[int, Path(ge=0, le=MAX_VERSION)]
 
@@ -66,7 +66,7 @@ async def show_thresholds(
 
 
 def _as_json(coordinator: Coordinator, run: str, body: bytes) -> bytes:
-    layout = coordinator.layout(run)
+    layout = coordinator.facts(run).layout
     thresholds = decode_thresholds(layout, body)
     values = [float(value) for value in thresholds.values]
     return json.dumps({"layout": layout.id, "version": thresholds.version, "thresholds": values}).encode()

@@ -4,10 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from server_api import body_limit
-from server_api.dependencies import DeviceId, RoundNumber, Rounds, RunName
+from server_api.dependencies import Caller, RoundNumber, Rounds, RunName
 from server_api.errors import BadMetrics, NotLeased, WrongMediaType
 from spafl.protocol import METRICS_HEADER, Metrics, Name
 from spafl.wire import MEDIA_TYPE, max_body_bytes
@@ -30,22 +29,22 @@ async def report(
     run: RunName,
     round: RoundNumber,
     device: Annotated[Name, Path(description="The reporting device's own id.")],
-    caller: DeviceId,
+    caller: Caller,
     request: Request,
     coordinator: Rounds,
     metrics: Annotated[str, Header(alias=METRICS_HEADER, description="`Metrics` as JSON.", max_length=65536)],
 ) -> Response:
     """Returns nothing once the update is counted and on disk. The same update again counts once."""
-    if device != caller:
-        raise NotLeased(f"device {caller} cannot report for {device}: report for yourself")
+    if device != caller.device:
+        raise NotLeased(f"device {caller.device} cannot report for {device}: report for yourself")
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != MEDIA_TYPE:
         raise WrongMediaType(f"a body of type {media_type[:80] or 'unknown'}, expected {MEDIA_TYPE}")
     figures = _metrics(metrics)
-    layout = await run_in_threadpool(coordinator.layout, run)
-    body_limit.allow(request, max_body_bytes(layout))
+    facts = await coordinator.facts_of(run)
+    body_limit.allow(request, max_body_bytes(facts.layout))
     body = await request.body()
-    await run_in_threadpool(coordinator.report, run, round, caller, body, figures)
+    await coordinator.report(run, round, device, body, figures)
     return Response(status_code=204)
 
 

@@ -21,7 +21,7 @@ class Health(Message):
     status: Literal["ok"] = "ok"
 
 
-@router.get("/versions", dependencies=[admin])
+@router.get("/versions", dependencies=admin)
 def show_versions() -> Versions:
     """Returns the versions of this server, of the protocol, of Python and of the packages underneath."""
     return Versions(
