@@ -4,9 +4,11 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -66,16 +68,18 @@ def serve(
         data=data, host=host, port=port, database=database, tls_cert=tls_cert, tls_key=tls_key
     )
     _log_to_stderr()
-    # before any secret is made: those of a start that fails would be lost
-    listener = _listen(settings)
-    store = open_store(settings)
-    issued = issue(store, settings, new_admin=new_admin_token, new_enrolment=new_enrolment_key)
-    url = _url(settings, listener)
-    server = _Server(create_app(settings, store), settings, lambda: _announce(url, issued, as_json=as_json))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn finishes its work on these and then raises them again: by then there is nothing left to stop
-        signal.signal(number, signal.SIG_IGN)
-    server.run(sockets=[listener])
+    # what can fail comes before any secret is made: it would never be shown
+    _check_certificate(settings)
+    with _listen(settings) as listener:
+        store = open_store(settings)
+        issued = issue(store, settings, new_admin=new_admin_token, new_enrolment=new_enrolment_key)
+        url = _url(settings, listener)
+        announce = partial(_announce, url, issued, as_json=as_json)
+        server = _Server(create_app(settings, store), settings, announce)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn finishes its work on these and then raises them again: nothing is left to stop by then
+            signal.signal(number, signal.SIG_IGN)
+        server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -91,12 +95,6 @@ class _Server(uvicorn.Server):
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
         )
-        try:
-            config.load()
-        except OSError as error:  # ssl.SSLError among them
-            raise SettingsError(
-                f"cannot use the certificate {settings.tls_cert} and its key: {error}"
-            ) from error
         super().__init__(config)
         self._stopping = application.state.stopping
         self._announce = announce
@@ -117,6 +115,17 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     for chatty in ("alembic", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.tls_cert is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            settings.tls_cert, settings.tls_key
+        )
+    except OSError as error:  # ssl.SSLError among them
+        raise SettingsError(f"cannot use certificate {settings.tls_cert} and its key: {error}") from error
 
 
 def _listen(settings: Settings) -> socket.socket:
