@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from sqlalchemy import URL
 from starlette.concurrency import run_in_threadpool
 
 from server_api import problems
@@ -30,6 +31,7 @@ from server_api.settings import Settings
 from server_api.sql_store import SqlStore
 from server_api.store import Store
 from spafl import __version__
+from spafl.errors import SettingsError
 from spafl.protocol import PREFIX, Problem
 
 TICK_SECONDS = 0.5
@@ -44,8 +46,12 @@ def open_store(settings: Settings) -> Store:
     Raises:
         SettingsError: it cannot be opened.
     """
-    settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return SqlStore(settings.database_url)
+    try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot use {settings.data} as the data directory: {error.strerror}") from error
+    file = settings.data.absolute() / "server.db"
+    return SqlStore(settings.database or URL.create("sqlite", database=str(file)))
 
 
 def create_app(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from spafl.errors import BundleError
 from spafl.layout import Floats
 from spafl.manifest import FileEntry, Manifest
 
+_ABANDONED_SECONDS = 86_400.0
+"""An upload that has not moved for a day is not going on; the server was killed in the middle of it."""
+
 
 class BundleFiles:
     """Bundles below `directory`. Uploads are received in a corner of it and moved in once they are checked."""
@@ -21,9 +25,10 @@ class BundleFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._incoming = directory / ".incoming"
-        # what an interrupted upload left behind
-        shutil.rmtree(self._incoming, ignore_errors=True)
-        self._incoming.mkdir(parents=True)
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        for left in self._incoming.iterdir():
+            if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def receiving(self) -> Iterator[Path]:
@@ -47,7 +52,11 @@ class BundleFiles:
         if not home.exists():
             staged = upload.with_name(bundle.id)
             _unpack(upload, bundle.manifest, staged)
-            staged.rename(home)
+            try:
+                staged.rename(home)
+            except OSError:
+                if not home.is_dir():  # else the same bundle was uploaded twice at once, and either will do
+                    raise
             _sync(self.directory)
         return bundle.manifest
 

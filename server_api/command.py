@@ -24,6 +24,8 @@ from spafl.errors import SettingsError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+log = logging.getLogger(__name__)
+
 _GRACE_SECONDS = 10
 """How long requests under way may take after SIGTERM."""
 
@@ -68,6 +70,8 @@ def serve(
         data=data, host=host, port=port, database=database, tls_cert=tls_cert, tls_key=tls_key
     )
     _log_to_stderr()
+    if settings.tls_cert is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("tokens travel unencrypted to %s: give --tls-cert, or a proxy that does", settings.host)
     # what can fail comes before any secret is made: it would never be shown
     _check_certificate(settings)
     with _listen(settings) as listener:
@@ -91,6 +95,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,  # requests are many, and paths may hold what somebody mistook for a place for secrets
             lifespan="on",
+            ws="none",
             timeout_graceful_shutdown=_GRACE_SECONDS,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,

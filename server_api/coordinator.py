@@ -198,10 +198,12 @@ class Coordinator:
 
     def settle(self) -> None:
         """Returns nothing once everything is done that time alone asks of any run by now."""
-        for record in self.store.runs(live=True):
-            now = self.clock()
-            if record.run.due <= now:
-                self._change(record.run.settings.name, now, partial(rounds.settle, now=now))
+        now = self.clock()
+        due = [record.run.settings.name for record in self.store.runs(live=True) if record.run.due <= now]
+        # all are submitted before any is waited for: a run at fault does not stop the others
+        answers = [self._submit(self.facts(name), now, partial(rounds.settle, now=now)) for name in due]
+        for answer in answers:
+            answer.result()
 
     def facts(self, name: str) -> Facts:
         """Returns what never changes about a run.

@@ -51,11 +51,6 @@ class Settings(BaseSettings):
             raise ValueError("admin_token and enrolment_key are the same: every device would be an admin")
         return self
 
-    @property
-    def database_url(self) -> str:
-        """Returns where the store is: the setting, else a file in the data directory."""
-        return self.database or f"sqlite:///{(self.data / 'server.db').absolute()}"
-
     @classmethod
     def given(cls, **options: Any) -> "Settings":
         """Returns the settings with `options` that are not None above the environment's and the defaults.

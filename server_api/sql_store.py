@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from sqlalchemy import Connection, Row, create_engine, delete, func, insert, make_url, select, text
+from sqlalchemy import URL, Connection, Row, create_engine, delete, func, insert, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
 from server_api import run_rows, sqlite, tables
@@ -47,7 +47,7 @@ class SqlStore(Store):
         SettingsError: the URL is not a database this version knows, or cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         try:
             parsed = make_url(url)
         except ArgumentError as error:

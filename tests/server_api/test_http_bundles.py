@@ -1,10 +1,13 @@
 """Bundles over HTTP: upload, manifest, files, ranges."""
 
 import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from spafl.bundle import INITIAL_STATE
+from server_api.bundle_files import BundleFiles
 
 FILE = "graphs/step.onnx"
 
@@ -108,13 +111,19 @@ def test_a_run_needs_a_bundle_that_is_held(server):
     assert "upload it first" in answer.json()["detail"]
 
 
-def test_bundles_survive_a_new_start_without_leftovers(held, tmp_path):
-    from server_api.bundle_files import BundleFiles
-
+def test_an_upload_that_was_interrupted_is_cleared_away_once_it_is_old(held, tmp_path):
     directory = tmp_path / "server" / "bundles"
-    (directory / ".incoming" / "half").mkdir()
-    (directory / ".incoming" / "half" / "bundle.zip").write_bytes(b"half of it")
+    for name, age in (("old", 90_000), ("under way", 60)):
+        (directory / ".incoming" / name).mkdir()
+        (directory / ".incoming" / name / "bundle.zip").write_bytes(b"half of it")
+        os.utime(directory / ".incoming" / name, (time.time() - age,) * 2)
     files = BundleFiles(directory)
-    assert list((directory / ".incoming").iterdir()) == []
+    assert [path.name for path in (directory / ".incoming").iterdir()] == ["under way"]
     assert files.initial_thresholds(held.bundle.id).shape == (7,)
-    assert (directory / held.bundle.id / INITIAL_STATE).is_file()
+
+
+def test_the_same_bundle_uploaded_many_times_at_once(server):
+    with ThreadPoolExecutor(6) as pool:
+        statuses = sorted(answer.status_code for answer in pool.map(lambda _: server.upload(), range(6)))
+    assert statuses == [200] * 5 + [201]
+    assert len(server.get("/bundles").json()) == 1

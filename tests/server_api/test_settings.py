@@ -25,7 +25,6 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_needs_to_be_set():
     settings = Settings.given()
     assert (settings.host, settings.port, settings.data) == ("127.0.0.1", 8000, Path("spafl-server"))
-    assert settings.database_url == f"sqlite:///{Path.cwd() / 'spafl-server' / 'server.db'}"
 
 
 def test_an_option_beats_the_environment_and_the_environment_the_default(monkeypatch):
@@ -79,6 +78,18 @@ def test_databases_that_cannot_be_used(tmp_path, url):
     with pytest.raises(SettingsError, match="database") as caught:
         open_store(Settings.given(data=tmp_path, database=url))
     assert "hidden" not in str(caught.value)
+
+
+def test_a_data_directory_of_any_name(tmp_path):
+    odd = tmp_path / "50% done? yes #1"
+    open_store(Settings.given(data=odd)).close()
+    assert (odd / "server.db").is_file()
+
+
+def test_a_data_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"cannot use .*file as the data directory"):
+        open_store(Settings.given(data=tmp_path / "file"))
 
 
 def test_a_port_in_use_makes_no_secrets(tmp_path):
