@@ -1,0 +1,50 @@
+# `make` alone lists what there is. Everything runs in .venv, made on first use; no root, Python >= 3.11.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# two workers, one thread each: tests start processes of their own, and every thread more would only wait
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: .venv/installed ## create .venv with everything: runtime, PyTorch, test tools
+
+# torch first and alone: pip then takes the wheel of the pinned version instead of weighing all of them
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, got " + sys.version.split()[0] + ": make PYTHON=python3.11 venv")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "torch==2.13.*"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+.PHONY: demo
+demo: venv ## server, 8 devices, 15 rounds, compact models and a report, on this machine
+	$(BIN)/spafl demo
+
+.PHONY: check
+check: venv ## lint, format, types, and the walls between the rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: check ## check, then every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: bench
+bench: venv ## every benchmark; fails if one misses its bars
+	$(BIN)/python benchmarks/train_step.py --check
+	$(BIN)/python benchmarks/inference.py --check
+	$(BIN)/python benchmarks/wire.py --check
+
+.PHONY: clean
+clean: ## remove .venv, caches and the demo's folder
+	rm -rf .venv demo build dist *.egg-info benchmarks/.bundles
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
