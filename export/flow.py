@@ -5,6 +5,7 @@ This follows each masked layer's output through the traced model to the layers t
 it cannot be left out.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,7 +87,8 @@ class ChannelFlows:
     """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        graph = trace(model)
+        # in eval mode: a training pass would move the norms' statistics
+        graph = trace(copy.deepcopy(model).eval())
         ShapeProp(graph).propagate(torch.zeros(2, *shape))
         self.modules = dict(model.named_modules())
         nodes = calls(graph.graph)

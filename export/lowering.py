@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from spafl.errors import SpaflError
 
@@ -138,6 +139,48 @@ def batch_norm(
     return y if bias is None else y + bias.view(shape), mean, inverse
 
 
+def avg_pool2d_backward(
+    grad: Tensor,  # (N, C, H', W')
+    x: Tensor,  # (N, C, H, W)
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Returns the gradient of an average pool: every output's share, spread over its window.
+
+    Raises:
+        LoweringError: windows that count fewer values at the border.
+    """
+    kernel, padding = _pair(kernel_size), _pair(padding)
+    stride = _pair(stride) if len(stride) else kernel
+    if ceil_mode or (any(padding) and not count_include_pad):
+        raise LoweringError(
+            "an average pool with ceil_mode, or padding it does not count, cannot be trained on devices"
+        )
+    missing = [
+        x.shape[2 + i] + 2 * padding[i] - (grad.shape[2 + i] - 1) * stride[i] - kernel[i] for i in (0, 1)
+    ]
+    share = grad.new_full((1, 1, *kernel), 1 / (divisor_override or kernel[0] * kernel[1]))
+    # channels become examples: a convolution of each by itself needs their number, and that is symbolic
+    alone = grad.reshape(-1, 1, grad.shape[2], grad.shape[3])
+    spread: Tensor = aten.convolution.default(alone, share, None, stride, padding, [1, 1], True, missing, 1)
+    return spread.reshape(x.shape)
+
+
+class _Rewritten(TorchFunctionMode):
+    """Functions written as others while tracing: what torch does for them in backward has no graph."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.silu:  # its gradient works in place
+            return args[0] * torch.sigmoid(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _max_pool(
     self: Any,
     kernel_size: Sequence[int],
@@ -239,6 +282,7 @@ def decompositions() -> dict[Any, Any]:
         )
     )
     table[aten.convolution_backward.default] = convolution_backward
+    table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten._native_batch_norm_legit.no_stats] = batch_norm
     return table
 
@@ -258,7 +302,12 @@ def lower(
         LoweringError: an operation that cannot be expressed; the message names it.
     """
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            warnings.catch_warnings(),
+            sdpa_kernel(SDPBackend.MATH),
+            _Rewritten(),
+            _quiet("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript"),
+        ):
             warnings.simplefilter("ignore")  # the tracer warns of its own internals
             traced = make_fx(function, decomposition_table=decompositions(), tracing_mode="symbolic")(
                 *inputs.values()
@@ -270,24 +319,30 @@ def lower(
             program = torch.export.export(
                 _Flat(traced), tuple(inputs.values()), dynamic_shapes={"values": tuple(dynamic)}, strict=False
             )
-            with _quiet("torch.onnx", "onnx_ir", "onnxscript"):
-                exported = torch.onnx.export(
-                    program,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    input_names=list(inputs),
-                    output_names=list(outputs),
-                    optimize=True,  # safe: all parameters are inputs, so none can be folded away
-                    verbose=False,
-                    custom_translation_table=_TRANSLATIONS,
-                )
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                optimize=True,  # safe: all parameters are inputs, so none can be folded away
+                verbose=False,
+                custom_translation_table=_TRANSLATIONS,
+            )
     except LoweringError:
         raise
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError, NotImplementedError) as error:
-        raise LoweringError(f"the model cannot be exported: {str(error).splitlines()[0]}") from error
+        raise LoweringError(f"the model cannot be exported: {_root_cause(error)}") from error
     if exported is None:
         raise LoweringError("the exporter returned nothing")
     return tidy(exported.model_proto, symbols)
+
+
+def _root_cause(error: BaseException) -> str:
+    """Returns the first line of the error at the bottom: the one that names the operation."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0][:300]
 
 
 class _Flat(nn.Module):
@@ -309,6 +364,8 @@ def _drop_no_ops(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # exporting refuses views of what transposes left behind
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise LoweringError(f"{node.target} writes in place, which has no graph: replace that operation")
     traced.graph.eliminate_dead_code()
     traced.recompile()
 
