@@ -81,8 +81,7 @@ def serve(
         announce = partial(_announce, url, issued, as_json=as_json)
         server = _Server(create_app(settings, store), settings, announce)
         for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn finishes its work on these and then raises them again: nothing is left to stop by then
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _exit)
         server.run(sockets=[listener])
 
 
@@ -114,6 +113,11 @@ class _Server(uvicorn.Server):
         """Returns nothing; called for SIGINT and SIGTERM."""
         self._stopping.set()
         super().handle_exit(sig, frame)
+
+
+def _exit(*_: object) -> None:
+    # before uvicorn takes these signals over, and after it has finished its work on them and raises them again
+    raise SystemExit(0)
 
 
 def _log_to_stderr() -> None:

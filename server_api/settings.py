@@ -62,8 +62,8 @@ class Settings(BaseSettings):
             return cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise SettingsError(f"setting {where}: {first['msg']}".replace("setting : ", "")) from None
+            where = f"setting {first['loc'][0]}: " if first["loc"] else ""
+            raise SettingsError(f"{where}{first['msg']}") from None
 
 
 SETTINGS = {name: field.description or "" for name, field in Settings.model_fields.items()}

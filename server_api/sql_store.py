@@ -21,8 +21,6 @@ from spafl.errors import SettingsError
 from spafl.protocol import BundleView, Capabilities, DeviceView, Event, RoundView, RunSettings
 
 _BUNDLE = [column for column in tables.bundles.c if column.name != "manifest"]
-
-
 _CONNECTIONS = 50
 """More than the 40 threads requests run on, so that nobody waits for one."""
 
@@ -232,6 +230,10 @@ class SqlStore(Store):
                 for wish in wishes:
                     answers.append(self._fulfil(rows, records, wish))
                 rows.write()
+        except StoreBusy as error:
+            for wish in wishes:
+                wish.answer.set_exception(error)
+            return
         except Exception as error:
             if len(wishes) == 1:
                 wishes[0].answer.set_exception(error)
