@@ -6,6 +6,7 @@ it cannot be left out.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,9 +38,10 @@ _ELSEWHERE = (
 )
 _MAX_POOLS = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d)
 _AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-_FLATTENS = (nn.Flatten, torch.flatten, "flatten", "view", "reshape", torch.reshape)
+_BY_AXIS = (torch.flatten, "flatten")
+_FLATTENS = (nn.Flatten, *_BY_AXIS, "view", "reshape", torch.reshape)
 _CHANNELWISE = (*_ZERO_AT_ZERO, *_ELSEWHERE, *_MAX_POOLS, *_AVERAGE_POOLS)
-_SHAPE_READS = (getattr, "size", "dim")
+_AVERAGE_OPTIONS = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class ChannelFlows:
     def _follow(self, layer: str, start: fx.Node) -> Flow:
         module: Masked = self.modules[layer]
         norm, readers, refusals = None, [], []
+        if isinstance(module, nn.Conv2d) and module.groups != 1:
+            refusals.append("a grouped convolution ties its filters to groups of input channels")
+        if isinstance(module, nn.Linear) and len(_shape(start)) != 2:
+            refusals.append(f"its output of shape {_shape(start)} has its filters on the last axis")
         frontier: list[tuple[fx.Node, int, tuple[fx.Node, ...]]] = [(start, 1, ())]
         for node, columns, path in frontier:
             for user in node.users:
@@ -133,19 +139,23 @@ class ChannelFlows:
                     norm = str(user.target)
                     frontier.append((user, columns, path))
                 elif _is(kind, _FLATTENS) and (positions := _flattened(node, user)):
+                    if _fixes_features(user):
+                        refusals.append(f"{user.name} fixes the number of values: write flatten(1) instead")
                     frontier.append((user, columns * positions, (*path, user)))
                 elif _is(kind, _CHANNELWISE):
                     frontier.append((user, columns, (*path, user)))
-                elif kind not in _SHAPE_READS:
+                elif not _reads_shape(user):
                     refusals.append(f"{user.name} mixes or moves channels")
+                elif (other := _beside_reshapes(user)) is not None:
+                    refusals.append(f"{other.name} depends on the value's shape")
         gated = module.gate if norm is None else self._gates(norm)
         # relu'(0) = 0 cuts the gradient of a channel that is 0 of itself
         silent = (
             module.bias is None and norm is None and all(self._passes(reader, _RELU) for reader in readers)
         )
         zero = (gated or silent) and not any(self._passes(reader, _ELSEWHERE) for reader in readers)
-        if not zero and any(self._pads(node) for reader in readers for node in reader.path):
-            refusals.append("an average pool pads, so a constant channel is not constant behind it")
+        if not zero and any(self._moves_constants(node) for reader in readers for node in reader.path):
+            refusals.append("behind an average pool with padding or a divisor a constant is another one, or none")
         refusal = "; ".join(dict.fromkeys(refusals)) or (None if readers else "no layer reads it")
         return Flow(layer, norm, tuple(readers), refusal, exact=zero and refusal is None)
 
@@ -159,12 +169,15 @@ class ChannelFlows:
         """Returns the called module, function or method name of `node`."""
         return self.modules[str(node.target)] if node.op == "call_module" else node.target
 
-    def _pads(self, node: fx.Node) -> bool:
+    def _moves_constants(self, node: fx.Node) -> bool:
         kind = self._kind(node)
-        if isinstance(kind, nn.Module):
-            return isinstance(kind, nn.AvgPool2d) and kind.padding not in (0, (0, 0))
-        padding = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
-        return kind is F.avg_pool2d and padding not in (0, (0, 0))
+        if kind is F.avg_pool2d:
+            options = {**dict(zip(_AVERAGE_OPTIONS, node.args, strict=False)), **node.kwargs}
+        elif isinstance(kind, nn.AvgPool2d):
+            options = vars(kind)
+        else:
+            return False
+        return options.get("padding", 0) not in (0, (0, 0)) or options.get("divisor_override") is not None
 
     def _unreadable(self, reader: nn.Conv2d | nn.Linear, value: fx.Node) -> str | None:
         if isinstance(reader, nn.Conv2d):
@@ -221,3 +234,30 @@ def _flattened(before: fx.Node, after: fx.Node) -> int:
     old, new = _shape(before), _shape(after)
     positions = int(torch.Size(old[2:]).numel())
     return positions if len(new) == 2 and new == (old[0], old[1] * positions) else 0
+
+
+def _fixes_features(flatten: fx.Node) -> bool:
+    """Returns whether a flatten names the number of values it leaves, as view(-1, 320) does."""
+    if _is(flatten.target, _BY_AXIS) or flatten.op == "call_module":
+        return False
+    sizes = flatten.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], Sequence):
+        sizes = tuple(sizes[0])
+    return not sizes or (isinstance(sizes[-1], int) and sizes[-1] != -1)
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.target in ("size", "dim")
+
+
+def _beside_reshapes(shape: fx.Node) -> fx.Node | None:
+    """Returns the first tensor that is computed with what was read of a `shape`, reshaping aside; None without one."""
+    for user in shape.users:
+        if "tensor_meta" not in user.meta:
+            if (found := _beside_reshapes(user)) is not None:
+                return found
+        elif not _is(user.target, _FLATTENS):
+            return user
+    return None

@@ -27,6 +27,7 @@ def options(threads: int, spinning: bool) -> ort.SessionOptions:
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
     chosen.log_severity_level = 3
+    chosen.enable_mem_pattern = False  # planning one block for all activations costs 17 MB and no time is won
     chosen.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     return chosen
 
@@ -70,21 +71,23 @@ class OnnxEngine:
     def __init__(self, bundle: Bundle, *, threads: int = 1, spinning: bool = False) -> None:
         self.manifest = bundle.manifest
         self._bundle, self._threads, self._spinning = bundle, threads, spinning
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._step_session: ort.InferenceSession | None = None
         self._round: _Round | None = None
 
     def begin_round(self, state: Mapping[str, Floats], base: Floats, target: Floats) -> RoundStart:
         """Returns what the round starts from; see `Engine`."""
-        graph = self._session("begin_round")
-        out = _run(graph, {**state, "base": base, "target": target})
-        whole = {**state, **_under(NEXT, out)}
+        out = self._once("begin_round", {**state, "base": base, "target": target})
+        caught_up = _under(NEXT, out)
+        whole = {
+            name: caught_up[name] if name in caught_up else value.copy() for name, value in state.items()
+        }
         rows, active = _under(ROWS, out), _under(ACTIVE, out)
         momenta = {
             tensor.name: np.zeros_like(rows[tensor.name] if tensor.rows else whole[tensor.name])
             for tensor in self.manifest.state
             if tensor.trained
         }
-        self._round = _Round(self._session("train_step"), self.manifest.state, whole, rows, active, momenta)
+        self._round = _Round(self._steps(), self.manifest.state, whole, rows, active, momenta)
         names = [layer.name for layer in self.manifest.layout.layers]
         density = dict(zip(names, out["density"].tolist(), strict=True))
         return RoundStart(
@@ -98,21 +101,13 @@ class OnnxEngine:
     def checkpoint(self) -> dict[str, NDArray[Any]]:
         """Returns the round as it stands; see `Engine`."""
         current = self._current()
-        whole, momenta = dict(current.whole), {}
+        momenta: dict[str, Floats] = {}
         for tensor in self.manifest.state:
-            name = tensor.name
-            if tensor.rows:
-                index = current.active[str(tensor.layer)]
-                whole[name] = _scatter(current.whole[name], index, current.value(tensor))
-                if tensor.trained:
-                    zeros = np.zeros(tensor.shape, np.float32)
-                    momenta[MOMENTUM + name] = _scatter(zeros, index, current.momentum(tensor))
-            else:
-                whole[name] = current.value(tensor).copy()
-                if tensor.trained:
-                    momenta[MOMENTUM + name] = current.momentum(tensor).copy()
+            if tensor.trained:
+                momenta[MOMENTUM + tensor.name] = np.zeros(tensor.shape, np.float32)
+                current.put_back(tensor, momenta[MOMENTUM + tensor.name], current.momentum(tensor))
         active = {ACTIVE + layer: index for layer, index in current.active.items()}
-        return {**whole, **momenta, **active}
+        return {**self._whole(current), **momenta, **active}
 
     def resume(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:
         """Returns nothing; the round goes on where `checkpoint` was taken; see `Engine`."""
@@ -121,29 +116,32 @@ class OnnxEngine:
             raise EngineError(
                 f"the checkpoint lacks the active rows of {sorted(missing)}: it is not of this bundle"
             )
-        whole = {tensor.name: checkpoint[tensor.name] for tensor in self.manifest.state}
+        whole = {tensor.name: checkpoint[tensor.name].copy() for tensor in self.manifest.state}
         rows, momenta = {}, {}
         for tensor in self.manifest.state:
             if tensor.rows:
                 rows[tensor.name] = whole[tensor.name][active[str(tensor.layer)]]
             if tensor.trained:
                 momentum = checkpoint[MOMENTUM + tensor.name]
-                momenta[tensor.name] = momentum[active[str(tensor.layer)]] if tensor.rows else momentum
-        self._round = _Round(self._session("train_step"), self.manifest.state, whole, rows, active, momenta)
+                momenta[tensor.name] = momentum[active[str(tensor.layer)]] if tensor.rows else momentum.copy()
+        self._round = _Round(self._steps(), self.manifest.state, whole, rows, active, momenta)
 
     def end_round(self) -> dict[str, Floats]:
-        """Returns the whole state after the round; see `Engine`."""
+        """Returns the whole state after the round; see `Engine`.
+
+        What `end_round.onnx` does too; here the rows are put back where they came from, without another copy.
+        """
         current = self._current()
-        whole, rows = dict(current.whole), {}
-        for tensor in self.manifest.state:
-            if tensor.rows:
-                rows[ROWS + tensor.name] = current.value(tensor)
-            else:
-                whole[tensor.name] = current.value(tensor).copy()
-        active = {ACTIVE + layer: index for layer, index in current.active.items()}
-        out = _run(self._session("end_round"), {**whole, **rows, **active})
         self._round = None
-        return {**whole, **_under(NEXT, out)}
+        for tensor in self.manifest.state:
+            current.put_back(tensor, current.whole[tensor.name], current.value(tensor))
+        return current.whole
+
+    def _whole(self, current: "_Round") -> dict[str, Floats]:
+        whole = {name: value.copy() for name, value in current.whole.items()}
+        for tensor in self.manifest.state:
+            current.put_back(tensor, whole[tensor.name], current.value(tensor))
+        return whole
 
     def predict(self, state: Mapping[str, Floats], x: Floats) -> Floats:
         """Returns logits (n, labels); see `Engine`."""
@@ -158,23 +156,33 @@ class OnnxEngine:
             raise EngineError("no round is under way: call begin_round or resume first")
         return self._round
 
-    def _session(self, role: str) -> ort.InferenceSession:
-        if role not in self._sessions:
-            self._sessions[role] = session(self._file(role), options(self._threads, self._spinning))
-        return self._sessions[role]
+    def _steps(self) -> ort.InferenceSession:
+        if self._step_session is None:
+            self._step_session = session(self._file("train_step"), options(self._threads, self._spinning))
+        return self._step_session
+
+    def _once(self, role: str, available: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Returns the outputs of a graph that runs once a round: loading it again is cheaper than keeping it."""
+        graph = session(self._file(role), options(self._threads, self._spinning))
+        names = [output.name for output in graph.get_outputs()]
+        feeds = {value.name: np.ascontiguousarray(available[value.name]) for value in graph.get_inputs()}
+        return dict(zip(names, graph.run(names, feeds), strict=True))
 
     def _file(self, role: str) -> bytes:
         return self._bundle.read(self.manifest.engines[self.name].files[role])
 
 
 class _Round:
-    """The buffers of one round. `whole` is the state the rows were gathered from; `active` the row indices."""
+    """The buffers of one round. `whole` is the state the rows were gathered from; `active` the row indices.
+
+    `whole`, `rows` and `momenta` are written to; they must be the caller's to give away.
+    """
 
     def __init__(
         self,
         graph: ort.InferenceSession,
         tensors: tuple[StateTensor, ...],
-        whole: Mapping[str, Floats],
+        whole: dict[str, Floats],
         rows: Mapping[str, Floats],
         active: Mapping[str, NDArray[np.int64]],
         momenta: Mapping[str, Floats],
@@ -183,10 +191,13 @@ class _Round:
         self._graph = graph
         start: dict[str, Floats] = {}
         for tensor in tensors:
-            start[_step_name(tensor)] = rows[tensor.name] if tensor.rows else whole[tensor.name]
+            start[_step_name(tensor)] = rows[tensor.name] if tensor.rows else whole[tensor.name].copy()
             if tensor.trained:
                 start[MOMENTUM + tensor.name] = momenta[tensor.name]
-        self._buffers = [{name: _buffer(value) for name, value in start.items()} for _ in (0, 1)]
+        self._buffers = [
+            {name: _buffer(value) for name, value in start.items()},
+            {name: _buffer(np.empty_like(value)) for name, value in start.items()},
+        ]
         self._loss, self._correct = _buffer(np.zeros((), np.float32)), _buffer(np.zeros((), np.int64))
         self._scalars = {name: _buffer(np.zeros((), np.float32)) for name in SCALARS}
         fixed = {ACTIVE + layer: _buffer(index) for layer, index in active.items()} | self._scalars
@@ -219,6 +230,10 @@ class _Round:
         """Returns the tensor's current momentum, of `value`'s shape."""
         return self._buffers[self._turn][MOMENTUM + tensor.name].numpy()  # type: ignore[no-any-return]
 
+    def put_back(self, tensor: StateTensor, whole: Floats, value: Floats) -> None:
+        """Writes `value` into `whole`, the whole tensor: as its active rows where the step holds only those."""
+        whole[self.active[str(tensor.layer)] if tensor.rows else ...] = value
+
     def _bind(
         self, fixed: dict[str, ort.OrtValue], source: dict[str, ort.OrtValue], target: dict[str, ort.OrtValue]
     ) -> Any:
@@ -237,20 +252,8 @@ def _step_name(tensor: StateTensor) -> str:
 
 
 def _buffer(value: NDArray[Any]) -> ort.OrtValue:
-    # a copy: an OrtValue made from an array may share its memory, and these are written to
-    return ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C", copy=True))
-
-
-def _scatter(whole: Floats, index: NDArray[np.int64], rows: Floats) -> Floats:
-    result = whole.copy()
-    result[index] = rows
-    return result
-
-
-def _run(graph: ort.InferenceSession, available: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    names = [output.name for output in graph.get_outputs()]
-    feeds = {value.name: np.ascontiguousarray(available[value.name]) for value in graph.get_inputs()}
-    return dict(zip(names, graph.run(names, feeds), strict=True))
+    # backed by the array itself, not by a copy, if it is C-contiguous
+    return ort.OrtValue.ortvalue_from_numpy(np.asarray(value, order="C"))
 
 
 def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

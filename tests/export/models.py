@@ -1,9 +1,12 @@
-"""Small models that hold what the large ones do, and exports of them made once per test session."""
+"""Small models that hold what the large ones do, and their exports, made once per test session."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,16 +83,59 @@ class Residual(nn.Module):
 MODELS = {"plain": Plain, "normed": Normed, "residual": Residual}
 
 
+class Graphs(Mapping[str, bytes]):
+    """The graphs as the build would write them, each made when it is first asked for: tracing takes seconds."""
+
+    def __init__(self, model: nn.Module, layout: ThresholdLayout, shape: tuple[int, ...]) -> None:
+        self._model, self._layout, self._shape = model, layout, shape
+        self._training = CompactModel(model, shape, dropped=lambda flow: flow.exact)
+        self.state, self.step = state_tensors(model, self._training), form(self._training)
+        self._made: dict[str, bytes] = {}
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._made:
+            self._made[name] = getattr(self, "_" + name.removesuffix(".onnx"))().SerializeToString()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{role}.onnx" for role in ROLES)
+
+    def __len__(self) -> int:
+        return len(ROLES)
+
+    def _train_step(self) -> onnx.ModelProto:
+        return train_step_graph(self._training.for_training(), self.state, self._shape)
+
+    def _begin_round(self) -> onnx.ModelProto:
+        return begin_round_graph(self._layout, self.state)
+
+    def _end_round(self) -> onnx.ModelProto:
+        return end_round_graph(self._layout, self.state)
+
+    def _infer(self) -> onnx.ModelProto:
+        compact = CompactModel(self._model, self._shape, dropped=lambda flow: flow.drops).for_inference()
+        return infer_graph(compact, self._layout, self.state, self._shape)
+
+    def _masked(self) -> onnx.ModelProto:
+        return masked_graph(self._model, self.state, self._shape)
+
+
 @dataclass(frozen=True)
 class Exported:
-    """A sparsified model, and its graphs as the build would write them."""
+    """A sparsified model and its graphs; stands in for a manifest where only these fields are read."""
 
     model: nn.Module
     layout: ThresholdLayout
-    state: tuple[StateTensor, ...]
-    step: TrainStep
-    files: dict[str, bytes]
+    files: Graphs
     flows: ChannelFlows
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        return self.files.state
+
+    @property
+    def step(self) -> TrainStep:
+        return self.files.step
 
     @property
     def input(self) -> InputSpec:
@@ -101,8 +147,13 @@ class Exported:
         return tuple("abcde")
 
 
+def exported(name: str, **options: Any) -> Exported:
+    """The model `name`, sparsified with `options`; one and the same for the same options."""
+    return _exported(name, **dict(sorted(options.items())))
+
+
 @cache
-def exported(
+def _exported(
     name: str, *, gate: bool = True, mask_head: bool = False, scale: str = "unit", ste: str = "identity"
 ) -> Exported:
     torch.manual_seed(3)
@@ -113,17 +164,5 @@ def exported(
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 for tensor in (module.weight, module.bias, module.running_mean):
                     tensor.add_(torch.from_numpy(draw.normal(0, 0.3, tensor.shape).astype(np.float32)))
-    shape = model.shape
     layout = layout_of(model)
-    training = CompactModel(model, shape, dropped=lambda flow: flow.exact)
-    state, step = state_tensors(model, training), form(training)
-    inferring = CompactModel(model, shape, dropped=lambda flow: flow.drops)
-    graphs = {
-        "train_step": train_step_graph(training.for_training(), state, shape),
-        "begin_round": begin_round_graph(layout, state),
-        "end_round": end_round_graph(layout, state),
-        "infer": infer_graph(inferring.for_inference(), layout, state, shape),
-        "masked": masked_graph(model, state, shape),
-    }
-    files = {f"{role}.onnx": graphs[role].SerializeToString() for role in ROLES}
-    return Exported(model, layout, state, step, files, ChannelFlows(model, shape))
+    return Exported(model, layout, Graphs(model, layout, model.shape), ChannelFlows(model, model.shape))

@@ -21,12 +21,10 @@ TOLERANCE = 2e-5
 VARIANTS = {
     "plain": {"name": "plain"},
     "plain, as published": {"name": "plain", "gate": False, "mask_head": True},
-    "plain, layer scale": {"name": "plain", "scale": "layer"},
     "norms": {"name": "normed"},
-    "norms, head masked": {"name": "normed", "mask_head": True},
     "norms, as published": {"name": "normed", "gate": False},
     "residual": {"name": "residual"},
-    "cifar release": {"name": "plain", "ste": "cifar-release"},
+    "cifar release, layer scale": {"name": "plain", "ste": "cifar-release", "scale": "layer"},
 }
 
 
@@ -100,8 +98,9 @@ def test_clipping_counts_the_thresholds_of_filters_left_out(variant: str, clip: 
 def test_filters_pruned_during_the_round_stay_exact(variant: str) -> None:
     made = exported(**VARIANTS[variant])
     state = {t.name: made.model.state_dict()[t.name].numpy() for t in made.state}
-    near = [0.98 * algorithm.scores(layer, state[layer.weight]) for layer in made.layout.layers]
-    both = Both(made, np.concatenate(near).astype(np.float32))
+    scores = np.concatenate([algorithm.scores(layer, state[layer.weight]) for layer in made.layout.layers])
+    near = scores * np.random.default_rng(0).uniform(0.3, 0.98, len(scores))
+    both = Both(made, near.astype(np.float32))
     before = both.densities()
     h = Hyperparameters(lr=0.002, threshold_lr=0.05, coeff=0.02)
     for _ in range(10):
@@ -150,7 +149,7 @@ def test_threshold_gradients_without_the_regulariser(variant: str) -> None:
     for name, gradient in gradients.items():
         assert np.abs(gradient - expected[name]).max() <= 1e-6 + 1e-5 * np.abs(expected[name]).max()
     moved = {name for name, gradient in gradients.items() if np.abs(gradient).max() > 1e-6}
-    if variant == "cifar release":
+    if variant.startswith("cifar"):
         assert not moved, "no score is further than 1 from its threshold here: the task must not move any"
     else:
         assert moved, "no threshold got a gradient"
