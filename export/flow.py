@@ -41,7 +41,15 @@ _AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_a
 _BY_AXIS = (torch.flatten, "flatten")
 _FLATTENS = (nn.Flatten, *_BY_AXIS, "view", "reshape", torch.reshape)
 _CHANNELWISE = (*_ZERO_AT_ZERO, *_ELSEWHERE, *_MAX_POOLS, *_AVERAGE_POOLS)
-_AVERAGE_OPTIONS = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_AVERAGE_OPTIONS = (
+    "input",
+    "kernel_size",
+    "stride",
+    "padding",
+    "ceil_mode",
+    "count_include_pad",
+    "divisor_override",
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,9 @@ class ChannelFlows:
         )
         zero = (gated or silent) and not any(self._passes(reader, _ELSEWHERE) for reader in readers)
         if not zero and any(self._moves_constants(node) for reader in readers for node in reader.path):
-            refusals.append("behind an average pool with padding or a divisor a constant is another one, or none")
+            refusals.append(
+                "behind an average pool with padding or a divisor a constant is another one, or none"
+            )
         refusal = "; ".join(dict.fromkeys(refusals)) or (None if readers else "no layer reads it")
         return Flow(layer, norm, tuple(readers), refusal, exact=zero and refusal is None)
 
