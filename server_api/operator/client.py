@@ -21,6 +21,8 @@ Action: TypeAlias = Literal["start", "pause", "resume", "stop"]
 
 TIMEOUT = httpx2.Timeout(10.0, read=60.0)
 ATTEMPTS = 5
+RECONNECTIONS = 30
+"""Attempts to take up a broken stream of events: some two minutes, in which a server is updated and restarted."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
 """Seconds before the second attempt, doubled by each, drawn uniformly from 0 to that (full jitter); at most so many."""
 
@@ -142,21 +144,21 @@ class OperatorClient:
         A broken stream is taken up again after the last event seen: none is lost, none comes twice.
 
         Raises:
-            Unreachable: `ATTEMPTS` times in a row nothing came.
+            Unreachable: `ATTEMPTS` times in a row nothing came, `RECONNECTIONS` times after the first event.
         """
-        failures = 0
+        failures, attempts = 0, ATTEMPTS
         while True:
             try:
                 for event in self._stream(run, after):
                     if event.id > after:
-                        after, failures = event.id, 0
+                        after, failures, attempts = event.id, 0, RECONNECTIONS
                         yield event
                         if event.kind in ("run.finished", "run.stopped"):
                             return
                 failures = 0
             except Unreachable as error:
                 failures += 1
-                self._pause(failures, error)
+                self._pause(failures, error, attempts)
 
     def _stream(self, run: str, after: int) -> Iterator[Event]:
         """Yields events until the connection has been silent for a while: then it may be dead without a sign."""
@@ -213,8 +215,8 @@ class OperatorClient:
                 )
                 self._pause(failures, unreachable)
 
-    def _pause(self, failures: int, error: Unreachable) -> None:
-        if failures >= ATTEMPTS:
+    def _pause(self, failures: int, error: Unreachable, attempts: int = ATTEMPTS) -> None:
+        if failures >= attempts:
             raise error
         wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)))
         self._sleep(max(wait, min(error.after or 0, LONGEST_WAIT)))

@@ -13,6 +13,7 @@ from server_api.operator.client import (
     ATTEMPTS,
     LONGEST_WAIT,
     MAX_ANSWER_BYTES,
+    RECONNECTIONS,
     OperatorClient,
     Refused,
     Unreachable,
@@ -283,10 +284,15 @@ def test_a_silent_stream_is_not_a_failure() -> None:
 
 
 def test_a_server_that_stays_away_ends_the_stream() -> None:
-    server = Server(stream(event(1, "run.created")), *[httpx2.ConnectError("refused")] * ATTEMPTS)
+    never = Server(*[httpx2.ConnectError("refused")] * ATTEMPTS)
     with pytest.raises(Unreachable):
-        list(server.client().events("demo"))
-    assert len(server.requests) == ATTEMPTS
+        list(never.client().events("demo"))
+    assert len(never.requests) == ATTEMPTS
+    known = Server(stream(event(1, "run.created")), *[httpx2.ConnectError("refused")] * RECONNECTIONS)
+    with pytest.raises(Unreachable):
+        list(known.client().events("demo"))
+    assert len(known.requests) == RECONNECTIONS
+    assert 60 < sum(known.waits) < 300  # a server that restarts has come back by then
 
 
 def test_streams_that_end_at_once_are_not_asked_for_ever() -> None:
