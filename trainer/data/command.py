@@ -14,7 +14,9 @@ from trainer.data.dataset import Dataset, Split, input_spec
 from trainer.data.partition import partition
 from trainer.data.source import open_dataset
 
-app = typer.Typer(help="Look at a dataset and split it over devices.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at a dataset and split it over devices.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Source = Annotated[
     str,
@@ -72,11 +74,7 @@ def split_over_clients(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Split a dataset over clients, as client-000.npz ...; the whole test set goes to test.npz.
-
-    Raises:
-        SettingsError: the folder holds another split, or the numbers do not fit the dataset.
-    """
+    """Split a dataset over clients, as client-000.npz ...; the whole test set goes to test.npz."""
     if next(out.glob("client-*.npz"), None) is not None:
         raise SettingsError(f"{out} already holds client files: give another --out, or empty it")
     split = open_dataset(source, limit=limit, seed=seed)
