@@ -32,9 +32,10 @@ def sparsify(
     The model's own classes and forward stay; only its layers are exchanged, under their own names.
 
     Raises:
-        SettingsError: nothing to mask, a layer that is called twice, or a model that cannot be traced.
+        SettingsError: nothing to mask, a layer that is called twice, tied parameters, or a model that cannot be traced.
     """
     model = copy.deepcopy(model)
+    _refuse_tied(model)
     graph = trace(model).graph
     modules, nodes = dict(model.named_modules()), calls(graph)
     layers = {name: node for name, node in nodes.items() if type(modules[name]) in (nn.Conv2d, nn.Linear)}
@@ -92,6 +93,15 @@ def layout_of(model: nn.Module, conv_divisor: Literal["kernel", "n_in"] = "kerne
             )
         )
     return ThresholdLayout.of(layers)
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := names.setdefault(parameter, name)) != name:
+            raise SettingsError(
+                f"{other} and {name} are one tensor: give each layer its own, as devices keep them"
+            )
 
 
 def _masked(layer: nn.Module) -> type[MaskedConv2d] | type[MaskedLinear]:

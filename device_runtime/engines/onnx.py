@@ -111,11 +111,8 @@ class OnnxEngine:
 
     def resume(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:
         """Returns nothing; the round goes on where `checkpoint` was taken; see `Engine`."""
+        self._refuse_foreign(checkpoint)
         active = _under(ACTIVE, checkpoint)
-        if missing := {str(tensor.layer) for tensor in self.manifest.state if tensor.rows} - set(active):
-            raise EngineError(
-                f"the checkpoint lacks the active rows of {sorted(missing)}: it is not of this bundle"
-            )
         whole = {tensor.name: checkpoint[tensor.name].copy() for tensor in self.manifest.state}
         rows, momenta = {}, {}
         for tensor in self.manifest.state:
@@ -150,6 +147,23 @@ class OnnxEngine:
         result = logits(session(self._file("infer"), chosen), x)
         del held  # not before: the session reads it
         return result
+
+    def _refuse_foreign(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:
+        """Raises EngineError if `checkpoint` is not of this bundle, naming the tensor."""
+        state = self.manifest.state
+        shapes = {tensor.name: tensor.shape for tensor in state}
+        shapes |= {MOMENTUM + tensor.name: tensor.shape for tensor in state if tensor.trained}
+        wrong = [
+            name
+            for name, shape in shapes.items()
+            if (value := checkpoint.get(name)) is None or value.dtype != np.float32 or value.shape != shape
+        ]
+        filters = {ACTIVE + str(tensor.layer): tensor.shape[0] for tensor in state if tensor.rows}
+        wrong += [name for name, out in filters.items() if not _are_rows(checkpoint.get(name), out)]
+        if wrong:
+            raise EngineError(
+                f"the checkpoint is not of this bundle: {', '.join(wrong[:5])} missing or of another shape"
+            )
 
     def _current(self) -> "_Round":
         if self._round is None:
@@ -245,6 +259,13 @@ class _Round:
         binding.bind_ortvalue_output("loss", self._loss)
         binding.bind_ortvalue_output("correct", self._correct)
         return binding
+
+
+def _are_rows(index: NDArray[Any] | None, out: int) -> bool:
+    """Returns whether `index` holds ascending int64 row numbers of a layer with `out` filters, at least one."""
+    if index is None or index.dtype != np.int64 or index.ndim != 1 or len(index) == 0:
+        return False
+    return bool(index[0] >= 0 and index[-1] < out and (np.diff(index) > 0).all())
 
 
 def _step_name(tensor: StateTensor) -> str:
