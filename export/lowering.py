@@ -29,8 +29,10 @@ IR_VERSION = 8
 """The oldest that opset 18 allows, so that every onnxruntime since 1.17 loads the graphs."""
 
 STACKING_RATIO = 1.25
-"""Input rows per output row up to which a weight gradient is one product with zeros between (27 ms where a product
-per kernel row takes 36: 64 channels of 28 x 28, kernel 5); beyond it the zeros cost more than they save."""
+"""Input rows per output row up to which a weight gradient stacks its kernel rows, with zeros between (29 ms where a
+product per row takes 43: 64 channels of 28 x 28, kernel 5); beyond it the zeros cost more than they save."""
+FEW_CHANNELS = 16
+"""Input channels up to which slicing the input is cheaper than stacking the gradient: the first layer's colours."""
 
 
 class LoweringError(SpaflError):
@@ -85,33 +87,34 @@ def _weight_gradient(
             x.transpose(0, 1), grad.transpose(0, 1), None, dilation, padding, stride, False, [0, 0], 1
         )
         return swapped[:, :, : kernel[0], : kernel[1]].transpose(0, 1)
-    # the column slices of the input are lined up once; then there are two ways to take the kernel rows
     out, height, width = grad.shape[1], grad.shape[2], grad.shape[3]
     channels = x.shape[1]
     if any(padding):
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    x = x.permute(1, 2, 0, 3)  # (C, H, N, W)
-    grad = grad.permute(1, 2, 0, 3)  # (O, H', N, W')
     last = (width - 1) * stride[1] + 1
-    slices = [x[..., j * dilation[1] : j * dilation[1] + last : stride[1]] for j in range(kernel[1])]
-    columns = torch.stack(slices, 1)  # (C, kw, H, N, W')
-    if stride[0] == 1 and x.shape[1] <= STACKING_RATIO * height:
-        # stack the gradient once per kernel row, shifted by padding: all of it is one matrix product
+    columns = [slice(j * dilation[1], j * dilation[1] + last, stride[1]) for j in range(kernel[1])]
+    few = isinstance(channels, int) and channels < FEW_CHANNELS
+    if stride[0] == 1 and x.shape[2] <= STACKING_RATIO * height and not few:
+        # stack the gradient once per kernel row, shifted by padding; then one matrix product per kernel column
         reach = (kernel[0] - 1) * dilation[0]
         rows = [i * dilation[0] for i in range(kernel[0])]
-        shifted = torch.stack([F.pad(grad, (0, 0, 0, 0, row, reach - row)) for row in rows])
-        product = torch.matmul(
-            shifted.reshape(kernel[0] * out, -1), columns.reshape(channels * kernel[1], -1).t()
-        )
-        return product.reshape(kernel[0], out, channels, kernel[1]).permute(1, 2, 0, 3)
-    flat = grad.reshape(out, -1)
-    products = []
+        grad = grad.transpose(0, 1)  # (O, N, H', W')
+        shifted = torch.stack([F.pad(grad, (0, 0, row, reach - row)) for row in rows])
+        shifted = shifted.reshape(kernel[0] * out, -1)  # (kh * O, N * H * W')
+        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        products = [torch.matmul(shifted, x[:, :, column].reshape(-1, channels)) for column in columns]
+        return torch.stack(products, 2).reshape(kernel[0], out, channels, kernel[1]).permute(1, 2, 0, 3)
+    # line up the columns of the input once; then one matrix product per kernel row
+    x = x.permute(1, 2, 0, 3)  # (C, H, N, W)
+    lined_up = torch.stack([x[..., column] for column in columns], 1)  # (C, kw, H, N, W')
+    flat = grad.permute(1, 2, 0, 3).reshape(out, -1)  # (O, H' * N * W')
+    by_row = []
     for i in range(kernel[0]):
         first = i * dilation[0]
-        row = columns[:, :, first : first + (height - 1) * stride[0] + 1 : stride[0]]
+        row = lined_up[:, :, first : first + (height - 1) * stride[0] + 1 : stride[0]]
         product = torch.matmul(flat, row.reshape(channels * kernel[1], -1).t())
-        products.append(product.reshape(out, channels, 1, kernel[1]))
-    return torch.cat(products, 2)
+        by_row.append(product.reshape(out, channels, 1, kernel[1]))
+    return torch.cat(by_row, 2)
 
 
 def _pair(values: Sequence[int]) -> list[int]:
@@ -137,6 +140,33 @@ def batch_norm(
     inverse = torch.rsqrt((centred * centred).mean(axes) + eps)
     y = centred * (inverse if weight is None else inverse * weight).view(shape)
     return y if bias is None else y + bias.view(shape), mean, inverse
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    training: bool,
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of `batch_norm` by x, weight and bias, in training; shapes as there.
+
+    With the very expressions of the forward pass, so that a runtime finds them to be the same.
+    """
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    count = x.numel() // x.shape[1]
+    centred = x - mean.view(shape)
+    total, along = grad.sum(axes), (grad * centred).sum(axes)
+    scale = inverse if weight is None else inverse * weight
+    away = centred * (along * inverse * inverse / count).view(shape)
+    by_x = (grad - away - (total / count).view(shape)) * scale.view(shape)
+    return by_x, along * inverse, total
 
 
 def avg_pool2d_backward(
@@ -267,7 +297,6 @@ def decompositions() -> dict[Any, Any]:
         get_decompositions(
             [
                 aten.native_batch_norm,
-                aten.native_batch_norm_backward,
                 aten.native_layer_norm,
                 aten.native_layer_norm_backward,
                 aten.threshold_backward,
@@ -283,6 +312,7 @@ def decompositions() -> dict[Any, Any]:
     )
     table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
+    table[aten.native_batch_norm_backward.default] = batch_norm_backward
     table[aten._native_batch_norm_legit.no_stats] = batch_norm
     return table
 
