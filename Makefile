@@ -18,8 +18,8 @@ venv: .venv/installed ## create .venv with everything: runtime, PyTorch, test to
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, got " + sys.version.split()[0] + ": make PYTHON=python3.11 venv")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "torch==2.13.*"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check "torch==2.13.*"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
 .PHONY: demo

@@ -119,7 +119,7 @@ def thresholds_figure(
     grid[0, 0].legend(loc="best")
     for axes in grid[:, 0]:
         axes.set_ylabel("threshold")
-    figure.suptitle(f"Global thresholds by layer, in units of {unit}")
+    figure.suptitle(f"Global thresholds by layer, on the scale of {unit}")
     return _written(figure, path)
 
 

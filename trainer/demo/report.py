@@ -145,10 +145,11 @@ def _page(results: Results, plots: dict[str, Path]) -> str:
     cards = {
         f"{results.accuracy('after'):.1%}": f"accuracy on the devices' held-out examples; "
         f"{results.accuracy('local_only'):.1%} alone, {results.accuracy('before'):.1%} before",
-        f"{results.density:.0%}": "of the filters active, mean over layers and devices",
+        f"{results.density:.0%}": "of the filters active, mean over layers and devices; "
+        f"{1 / results.ratio('weights'):.0%} of the weights are left",
         f"{results.ratio('bytes'):.1f}x": "smaller models on the devices, "
         f"{results.ratio('latency_median_ms'):.1f}x faster, equal outputs",
-        f"{results.fedavg_body / thresholds.body:,.0f}x": f"fewer bytes than FedAvg: {_bytes(per_update)} instead of "
+        f"{results.fedavg_body / thresholds.body:,.0f}x": f"fewer bytes a round than FedAvg: {_bytes(per_update)} instead of "
         f"{_bytes(results.fedavg_body / (2 * results.participations))} each way",
     }
     settings = {
