@@ -99,7 +99,9 @@ def sgd_step(
     task = F.cross_entropy(logits, y)
     # sum_l sum_i exp(-tau_i): the only thing that moves a threshold whatever the data say
     penalty = sum((torch.exp(-tau).sum() for tau in thresholds.values()), logits.new_zeros(()))
-    gradients = torch.autograd.grad(task + h.coeff * penalty, list(parameters.values()))
+    gradients = torch.autograd.grad(
+        task + h.coeff * penalty, list(parameters.values()), materialize_grads=True
+    )
 
     factor = 1.0
     if h.clip is not None:

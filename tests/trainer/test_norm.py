@@ -110,7 +110,8 @@ def test_normalise_writes_nothing() -> None:
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     y, mean, variance = normalise(norm, x)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    assert not (mean.requires_grad or variance.requires_grad)
+    assert not mean.requires_grad
+    assert not variance.requires_grad
     torch.testing.assert_close(y, norm(x), **EXACT)
     torch.testing.assert_close(mean, norm.running_mean, **EXACT)
     torch.testing.assert_close(variance, norm.running_var, **EXACT)

@@ -216,5 +216,5 @@ def test_refused_with_the_reason(model: nn.Module, words: str) -> None:
 
 
 def test_a_layout_needs_masks() -> None:
-    with pytest.raises(SettingsError, match="sparsify.. it first"):
+    with pytest.raises(SettingsError, match=r"sparsify\(\) it first"):
         layout_of(LeNet5())

@@ -1,0 +1,191 @@
+"""Gradients written for ONNX against torch's own."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.host import run, session
+from export.lowering import LoweringError, avg_pool2d_backward, batch_norm, convolution_backward, lower
+
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+"""float64: sums of a thousand terms in another order."""
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
+
+aten = torch.ops.aten
+
+
+def doubles(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+CONVOLUTIONS = [
+    # channels, out, (height, width), kernel, stride, padding, dilation
+    (3, 4, (9, 9), (3, 3), (1, 1), (0, 0), (1, 1)),
+    (3, 4, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1)),
+    (3, 4, (5, 12), (5, 2), (1, 1), (2, 0), (1, 1)),
+    (3, 4, (9, 9), (5, 5), (1, 1), (0, 0), (1, 1)),  # far fewer output rows than input rows: row by row
+    (3, 4, (30, 8), (3, 3), (1, 1), (1, 1), (1, 1)),  # about as many: stacked
+    (3, 4, (9, 10), (3, 3), (2, 2), (1, 1), (1, 1)),
+    (3, 4, (10, 9), (3, 2), (3, 2), (0, 1), (1, 1)),
+    (3, 4, (11, 10), (3, 3), (1, 1), (2, 2), (2, 2)),
+    (3, 4, (11, 13), (3, 2), (2, 1), (1, 3), (2, 3)),
+    (3, 4, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (3, 4, (8, 7), (1, 1), (2, 3), (0, 0), (1, 1)),
+    (3, 4, (4, 4), (1, 1), (1, 1), (1, 1), (1, 1)),
+    (1, 4, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
+    (1, 4, (9, 8), (3, 2), (2, 2), (1, 0), (1, 2)),
+    (3, 1, (6, 6), (3, 3), (1, 1), (0, 0), (1, 1)),
+    (3, 4, (3, 3), (3, 3), (1, 1), (0, 0), (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("channels", "out", "size", "kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
+def test_convolution_backward(
+    channels: int,
+    out: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    x, weight = doubles(2, channels, *size), doubles(out, channels, *kernel, seed=1)
+    y = F.conv2d(x, weight, None, stride, padding, dilation)
+    grad = doubles(*y.shape, seed=2)
+    options = ([out], stride, padding, dilation, False, [0, 0], 1)
+    for mask in itertools.product([True, False], repeat=3):
+        got = convolution_backward(grad, x, weight, *options, mask)
+        expected = aten.convolution_backward(grad, x, weight, *options, list(mask))
+        for mine, torchs, asked in zip(got, expected, mask, strict=True):
+            if not asked:
+                assert mine is None
+                continue
+            assert mine is not None
+            torch.testing.assert_close(mine, torchs, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "divisor"),
+    [
+        ((2, 2), (), (0, 0), None),
+        ((3, 2), (2, 1), (1, 1), None),
+        ((2, 3), (3, 2), (0, 1), 5),
+        ((3,), (2,), (1,), None),
+    ],
+)
+def test_average_pool_backward(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], divisor: int | None
+) -> None:
+    x = doubles(2, 3, 7, 8)
+    y = F.avg_pool2d(x, kernel, stride or None, padding, divisor_override=divisor)
+    grad = doubles(*y.shape, seed=1)
+    options = (kernel, stride, padding, False, True, divisor)
+    expected = aten.avg_pool2d_backward(grad, x, *options)
+    torch.testing.assert_close(avg_pool2d_backward(grad, x, *options), expected, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2, 5)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm(shape: tuple[int, ...], affine: bool) -> None:
+    x = (doubles(*shape) * 3 + 2).requires_grad_()
+    weight, bias = (doubles(3, seed=1), doubles(3, seed=2)) if affine else (None, None)
+    y, mean, inverse = batch_norm(x, weight, bias, True, 0.1, 1e-3)
+    expected = aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-3)
+    for got, wanted in zip((y, mean, inverse), expected, strict=True):
+        torch.testing.assert_close(got, wanted, **EXACT)
+    grad = doubles(*shape, seed=3)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((value * grad).sum(), x)[0] for value in (y, expected[0])), **EXACT
+    )
+
+
+POOLS = {
+    "2 x 2": {"kernel_size": 2},
+    "2 x 2 of an odd size": {"kernel_size": 2},
+    "overlapping": {"kernel_size": 3, "stride": 2},
+    "padded": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "2 x 2 padded": {"kernel_size": 2, "padding": 1},
+    "rectangular": {"kernel_size": (2, 3), "stride": (1, 2)},
+    "dilated": {"kernel_size": 2, "dilation": 2},
+    "with partial windows": {"kernel_size": 2, "ceil_mode": True},
+    "padded with partial windows": {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pool_backward_in_onnxruntime(name: str) -> None:
+    options = POOLS[name]
+    shape = (2, 3, 6, 8) if name == "2 x 2" else (2, 3, 7, 9)
+
+    def pooled(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, **options)  # type: ignore[arg-type]
+
+    weights = doubles(*pooled(torch.zeros(shape)).shape[1:], seed=1).float()
+
+    def gradient(x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.grad(lambda x: (pooled(x) * weights).sum())(x),)
+
+    inputs = {"x": torch.zeros(5, *shape[1:]), "weights": torch.zeros_like(weights)}
+    graph = session(lower(gradient, inputs, ["gradient"], {"x": {0: "batch"}}).SerializeToString())
+    draw = np.random.default_rng(3)
+    for x in (
+        draw.normal(size=shape),
+        draw.integers(0, 3, shape),  # ties everywhere: the first of a window takes all
+        np.zeros(shape),  # what a ReLU leaves
+        np.maximum(draw.normal(size=shape), 0),
+        -draw.integers(1, 3, shape),  # padding must not win against negative values
+    ):
+        x = x.astype(np.float32)
+        (expected,) = gradient(torch.from_numpy(x), weights)
+        np.testing.assert_allclose(
+            run(graph, {"x": x, "weights": weights.numpy()})["gradient"], expected.numpy(), **FLOAT32
+        )
+
+
+def gradients_of(model: nn.Module, shape: tuple[int, ...]) -> None:
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def function(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        def loss(named: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, named, (x,)).square().sum()  # type: ignore[no-any-return]
+
+        return tuple(torch.func.grad(loss)(dict(zip(parameters, values, strict=True))).values())
+
+    inputs = {"x": torch.zeros(7, *shape), **parameters}
+    lower(function, inputs, [f"by.{name}" for name in parameters], {"x": {0: "batch"}})
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu_()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        (
+            nn.Conv2d(4, 4, 3, groups=2),
+            (4, 5, 5),
+            "a grouped convolution .* use an ordinary Conv2d",
+        ),
+        (nn.ConvTranspose2d(2, 4, 3), (2, 5, 5), "a transposed convolution .* use an ordinary Conv2d"),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 1), nn.AvgPool2d(2, ceil_mode=True)),
+            (1, 5, 5),
+            "average pool with ceil_mode",
+        ),
+        (InPlace(), (4,), "relu_.* writes in place, which has no graph: replace that operation"),
+    ],
+    ids=["grouped", "transposed", "average pool", "in place"],
+)
+def test_what_has_no_form_is_named(model: nn.Module, shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(LoweringError, match=words):
+        gradients_of(model, shape)
