@@ -27,13 +27,19 @@ from spafl.bundle import Bundle
 
 MODELS = ("lenet5", "conv4")
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
+LANES = 16
+"""Channels that onnxruntime's convolutions compute at a time (NCHWc blocks, AVX-512): 19 cost as much as 32."""
+
 MOST_TIME_PER_FLOP = 1.5
-"""Bar: time ratio over FLOP ratio, both to the whole model."""
+"""Bar: time ratio over FLOP ratio, both to the whole model; the FLOPs counted in whole lanes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compact model. Ratios are to the whole model, density 1; difference is to the masked model, relative."""
+    """One compact model. Ratios are to the whole model, density 1; difference is to the masked model, relative.
+
+    flop_ratio   of the multiplications there are; lane_ratio of those computed, channels rounded up to whole lanes
+    """
 
     model: str
     density: float
@@ -42,6 +48,7 @@ class Row:
     flops: int
     time_ratio: float
     flop_ratio: float
+    lane_ratio: float
     difference: float
     agreement: float
 
@@ -89,6 +96,7 @@ def measure(source: Bundle, runs: int) -> list[Row]:
             flops=proof.compact.flops,
             time_ratio=times[name] / whole_time,
             flop_ratio=proof.compact.flops / whole.flops,
+            lane_ratio=lane_flops(source, proof) / lane_flops(source, proofs["1"]),
             difference=proof.relative_difference,
             agreement=proof.argmax_agreement,
         )
@@ -96,15 +104,29 @@ def measure(source: Bundle, runs: int) -> list[Row]:
     ]
 
 
+def lane_flops(source: Bundle, proof: Proof) -> float:
+    """Returns the FLOPs of the compact model with the channels of convolutions rounded up to whole lanes."""
+    kept = {layer.layer: layer.kept for layer in proof.layers}
+    whole = {entry.layer: entry.out for entry in source.manifest.compaction}
+    flops = 0.0
+    for entry in source.manifest.compaction:
+        block = LANES if entry.positions > 1 else 1
+        columns: float = entry.n_in
+        if entry.reads is not None:
+            columns *= -(-kept[entry.reads] // block) / -(-whole[entry.reads] // block)
+        flops += 2 * entry.positions * columns * -(-kept[entry.layer] // block) * block
+    return flops
+
+
 def missed_bars(rows: list[Row]) -> list[str]:
     """Returns a line for each bar that is missed."""
     missed = []
     for row in rows:
-        ratio = row.time_ratio / row.flop_ratio
+        ratio = row.time_ratio / row.lane_ratio
         if ratio > MOST_TIME_PER_FLOP:
             missed.append(
                 f"{row.model} at {row.density:g}: time ratio {row.time_ratio:.3f} is {ratio:.2f} times the "
-                f"FLOP ratio {row.flop_ratio:.3f}, bar {MOST_TIME_PER_FLOP}"
+                f"FLOP ratio in lanes {row.lane_ratio:.3f}, bar {MOST_TIME_PER_FLOP}"
             )
         if row.difference > RELATIVE_TOLERANCE:
             missed.append(f"{row.model} at {row.density:g}: differs by {row.difference:.1e}")
@@ -114,7 +136,18 @@ def missed_bars(rows: list[Row]) -> list[str]:
 def show(rows: list[Row]) -> None:
     """Returns nothing; prints the table."""
     table = Table(title="compact inference, batch 1, one thread; ratios to density 1", title_justify="left")
-    names = ("model", "density", "ms", "kB", "MFLOP", "time ratio", "FLOP ratio", "difference", "same label")
+    names = (
+        "model",
+        "density",
+        "ms",
+        "kB",
+        "MFLOP",
+        "time ratio",
+        "FLOP ratio",
+        "in lanes",
+        "difference",
+        "same label",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in rows:
@@ -126,6 +159,7 @@ def show(rows: list[Row]) -> None:
             f"{row.flops / 1e6:.2f}",
             f"{row.time_ratio:.3f}",
             f"{row.flop_ratio:.3f}",
+            f"{row.lane_ratio:.3f}",
             f"{row.difference:.1e}",
             f"{row.agreement:.0%}",
         )

@@ -78,7 +78,7 @@ class Enrolment(Message):
     """A new device: its id, and its token, shown this once."""
 
     device: str
-    token: str
+    token: str = Field(repr=False)
 
 
 class Policy(Request):

@@ -125,7 +125,11 @@ def devices(serving: Serving, bundle: Bundle) -> Iterator[list[Device]]:
 
 def finished(watcher: "subprocess.Popen[str]") -> list[Event]:
     """The events a watcher printed, once it ended."""
-    out, error = watcher.communicate(timeout=60)
+    assert watcher.stdout is not None
+    assert watcher.stderr is not None
+    # not communicate(): it reads past what an earlier readline() has buffered
+    out, error = watcher.stdout.read(), watcher.stderr.read()
+    watcher.wait(60)
     assert error == ""
     return [Event.model_validate_json(line) for line in out.splitlines()]
 
