@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from export.compact import BatchNorms, CompactModel
-from export.lowering import LoweringError, lower
+from export.decompositions import LoweringError
+from export.lowering import lower
 from export.step import SCALARS, StepTensors, training_step
 from spafl.manifest import StateTensor, TrainStep
 from trainer.sparsify import masked_layers

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.decompositions import LoweringError, avg_pool2d_backward, batch_norm, convolution_backward
 from export.host import run, session
-from export.lowering import LoweringError, avg_pool2d_backward, batch_norm, convolution_backward, lower
+from export.lowering import lower
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 """float64: sums of a thousand terms in another order."""
