@@ -149,8 +149,8 @@ def _page(results: Results, plots: dict[str, Path]) -> str:
         f"{1 / results.ratio('weights'):.0%} of the weights are left",
         f"{results.ratio('bytes'):.1f}x": "smaller models on the devices, "
         f"{results.ratio('latency_median_ms'):.1f}x faster, equal outputs",
-        f"{results.fedavg_body / thresholds.body:,.0f}x": f"fewer bytes a round than FedAvg: {_bytes(per_update)} instead of "
-        f"{_bytes(results.fedavg_body / (2 * results.participations))} each way",
+        f"{results.fedavg_body / thresholds.body:,.0f}x": "fewer bytes a round than FedAvg: "
+        f"{_bytes(per_update)} instead of {_bytes(results.fedavg_body / (2 * results.participations))} each way",
     }
     settings = {
         "model": f"{results.model}, {results.weights:,} weights, {sum(results.layers.values())} thresholds",
