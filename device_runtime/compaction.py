@@ -97,7 +97,7 @@ def compact(
         raise EngineError("a proof needs at least one real example, got none: give --data")
     examples = examples[:MAX_EXAMPLES]
     out.mkdir(parents=True, exist_ok=True)
-    small, whole = out / f"{MODEL}.part", out / "masked.part"
+    small, whole, told = out / f"{MODEL}.part", out / "masked.part", out / f"{PROOF}.part"
     try:
         _save(bundle, "infer", state, small, threads)
         _save(bundle, "masked", state, whole, threads)
@@ -128,11 +128,12 @@ def compact(
                 f"the compact model differs from the masked one by {relative:.1e} of its largest logit (at most "
                 f"{RELATIVE_TOLERANCE:.0e} allowed), labels agree on {agreement:.1%}: not written. Please report this"
             )
+        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        told.replace(out / PROOF)
         small.replace(out / MODEL)
-        (out / PROOF).write_text(proof.model_dump_json(indent=2) + "\n")
     finally:
-        small.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+        for part in (small, whole, told):
+            part.unlink(missing_ok=True)
     return proof
 
 

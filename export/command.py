@@ -109,7 +109,7 @@ def export(
     result = export_bundle(
         sparse,
         out,
-        name=name or re.sub(r"[^A-Za-z0-9._-]", "-", model.partition(":")[2] or model),
+        name=name or _name(model),
         input=spec,
         labels=texts,
         options={
@@ -133,6 +133,12 @@ def export(
         _show(result, out)
 
 
+def _name(source: str) -> str:
+    """Returns a bundle name for a model named on the command line: the function's, without what names may not hold."""
+    text = source.rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:64] or "model"
+
+
 def _input(model: torch.nn.Module, split: Split | None, shape: str | None) -> InputSpec:
     """Returns the input the data, `--shape` or the model itself names, in this order."""
     if split is not None:
@@ -147,7 +153,9 @@ def _input(model: torch.nn.Module, split: Split | None, shape: str | None) -> In
         try:
             sizes = tuple(int(size) for size in shape.split(","))
         except ValueError:
-            raise SettingsError(f"--shape {shape!r}: expected numbers such as 3,32,32") from None
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            raise SettingsError(f"--shape {shape!r}: expected numbers such as 3,32,32")
     elif (sizes := getattr(model, "shape", ())) == ():
         raise SettingsError("what does the model take? Give --data, or --shape such as 3,32,32")
     return InputSpec(shape=sizes, mean=(0.0,) * sizes[0], std=(1.0,) * sizes[0])
@@ -158,10 +166,11 @@ def _outputs(model: torch.nn.Module, spec: InputSpec) -> int:
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, *spec.shape))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:  # layers check sizes each in their own way
         raise SettingsError(f"the model does not take examples of shape {spec.shape}: {error}") from error
-    if logits.dim() != 2 or len(logits) != 2:
-        raise SettingsError(f"expected logits (batch, labels), the model returned {tuple(logits.shape)}")
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise SettingsError(f"expected logits (batch, labels), the model returned {got}")
     return int(logits.shape[1])
 
 

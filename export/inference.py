@@ -13,6 +13,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from export.compact import CompactModel
+from export.decompositions import LoweringError
 from export.lowering import lower, tidy
 from export.round import GraphBuilder, active_rows, distance, mask
 from export.training import ACTIVE, ROWS, distinct_sizes, model_values
@@ -79,6 +80,9 @@ def _with_external_state(
     """Returns `model` with the nodes of `before` in front, and its state inputs turned into external initialisers."""
     nodes = [*before.nodes, *model.graph.node]
     used = {name for node in nodes for name in node.input}
+    if unread := [tensor.name for tensor in tensors if tensor.name not in used]:
+        # a runtime forgets initialisers that no node reads, and then refuses to be given them
+        raise LoweringError(f"nothing the model returns depends on {unread[:5]}: take them out of the model")
     kept = [value for value in model.graph.input if not value.name.startswith(ACTIVE)]
     del model.graph.node[:], model.graph.input[:]
     model.graph.node.extend(nodes)
@@ -88,8 +92,6 @@ def _with_external_state(
     model = tidy(model, {})
     del model.graph.input[1:]
     for tensor in tensors:
-        if tensor.name not in used:
-            continue
         entry = model.graph.initializer.add(
             name=tensor.name,
             data_type=TensorProto.FLOAT,

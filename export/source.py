@@ -1,6 +1,7 @@
 """The model to export: a name we know or `module:function`, and the weights it starts from."""
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -39,10 +40,19 @@ def _call(source: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: people keep models beside where they work
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ) as error:  # the last two for names that are none
         raise SettingsError(f"cannot import {source!r}: {error}") from error
     finally:
         sys.path.pop(0)
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{source} is no function that takes no arguments: {error}") from error
     model = function()
     if not isinstance(model, nn.Module):
         raise SettingsError(f"{source} returned {type(model).__name__}, expected a torch.nn.Module")
@@ -52,16 +62,16 @@ def _call(source: str) -> nn.Module:
 def _load(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise SettingsError(f"no weights at {path}")
-    if path.suffix == ".safetensors":
-        weights: dict[str, Tensor] = safetensors.torch.load_file(path)
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            weights: dict[str, Tensor] = safetensors.torch.load_file(path)
+        else:
             # weights_only: a pickle can run anything, and this file may be anybody's
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises what the unpickler happens to raise
-            raise SettingsError(
-                f"{path} is not a state_dict of tensors: {str(error).splitlines()[0]}"
-            ) from error
+    except Exception as error:  # torch raises what the unpickler happens to raise
+        raise SettingsError(f"{path} is not a state_dict of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise SettingsError(f"{path} is not a state_dict of tensors by name: save model.state_dict() alone")
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith(".threshold")}
     if wrong := [
