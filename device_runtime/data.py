@@ -47,7 +47,8 @@ def load_data(source: str, manifest: Manifest, *, validation: float = 0.2, seed:
         DataError: it cannot be read, holds no examples, or they do not fit the model.
     """
     path = Path(source)
-    if path.is_dir() or path.suffix == ".zip":
+    # an empty text, of a variable that is not set perhaps, would be the current directory
+    if (source and path.is_dir()) or path.suffix == ".zip":
         train, held_out = _class_folders(path, manifest)
     elif path.suffix == ".npz":
         train, held_out = _npz(path, manifest)

@@ -285,6 +285,12 @@ def test_a_callable(flat: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.txt", "nowhere/", "a:b:c", ""])
-def test_an_unknown_source_is_refused_with_the_choices(flat: Manifest, source: str) -> None:
+def test_an_unknown_source_is_refused_with_the_choices(
+    flat: Manifest, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the current directory, which an empty text would be, looks like class folders."""
+    (tmp_path / "label").mkdir()
+    (tmp_path / "label" / "picture.png").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="class folders"):
         load_data(source, flat)

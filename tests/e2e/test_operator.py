@@ -128,8 +128,8 @@ def finished(watcher: "subprocess.Popen[str]") -> list[Event]:
     assert watcher.stdout is not None
     assert watcher.stderr is not None
     # not communicate(): it reads past what an earlier readline() has buffered
-    out, error = watcher.stdout.read(), watcher.stderr.read()
-    watcher.wait(60)
+    with watcher:
+        out, error = watcher.stdout.read(), watcher.stderr.read()
     assert error == ""
     return [Event.model_validate_json(line) for line in out.splitlines()]
 
