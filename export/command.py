@@ -199,10 +199,10 @@ def _show(result: Export, out: Path) -> None:
 def _parity_table(checks: tuple[Check, ...]) -> Table:
     """Returns the largest relative difference of each check at each density; worst tensors stand in parity.json."""
     densities = sorted({check.density for check in checks}, reverse=True)
-    table = Table(title="Parity with PyTorch eager: largest relative difference", title_justify="left")
-    table.add_column("check")
+    table = Table(title="Parity with PyTorch eager: largest relative difference, by density", title_justify="left")
+    table.add_column("check", no_wrap=True)
     for density in densities:
-        table.add_column(f"density {density:g}", justify="right")
+        table.add_column(f"{density:g}", justify="right")
     table.add_column("allowed", justify="right")
     for name in dict.fromkeys(check.check for check in checks):
         row = {check.density: check for check in checks if check.check == name}
