@@ -39,9 +39,9 @@ test: check ## check, then every test
 
 .PHONY: bench
 bench: venv ## every benchmark; fails if one misses its bars
-	$(BIN)/python benchmarks/train_step.py --check
-	$(BIN)/python benchmarks/inference.py --check
-	$(BIN)/python benchmarks/wire.py --check
+	@failed=0; for name in train_step inference wire; do \
+	  $(BIN)/python benchmarks/$$name.py --check || failed=1; \
+	done; exit $$failed
 
 .PHONY: clean
 clean: ## remove .venv, caches and the demo's folder
