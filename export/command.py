@@ -199,7 +199,9 @@ def _show(result: Export, out: Path) -> None:
 def _parity_table(checks: tuple[Check, ...]) -> Table:
     """Returns the largest relative difference of each check at each density; worst tensors stand in parity.json."""
     densities = sorted({check.density for check in checks}, reverse=True)
-    table = Table(title="Parity with PyTorch eager: largest relative difference, by density", title_justify="left")
+    table = Table(
+        title="Parity with PyTorch eager: largest relative difference, by density", title_justify="left"
+    )
     table.add_column("check", no_wrap=True)
     for density in densities:
         table.add_column(f"{density:g}", justify="right")
