@@ -111,15 +111,17 @@ def _weight_gradient(
     columns = [slice(j * dilation[1], j * dilation[1] + last, stride[1]) for j in range(kernel[1])]
     few = isinstance(channels, int) and channels < FEW_CHANNELS
     if stride[0] == 1 and x.shape[2] <= STACKING_RATIO * height and not few:
-        # stack the gradient once per kernel row, shifted by padding; then one matrix product per kernel column
+        # stack the gradient once per kernel row, shifted by padding: all of it is one matrix product
         reach = (kernel[0] - 1) * dilation[0]
         rows = [i * dilation[0] for i in range(kernel[0])]
-        grad = grad.transpose(0, 1)  # (O, N, H', W')
-        shifted = torch.stack([F.pad(grad, (0, 0, row, reach - row)) for row in rows])
-        shifted = shifted.reshape(kernel[0] * out, -1)  # (kh * O, N * H * W')
-        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
-        products = [torch.matmul(shifted, x[:, :, column].reshape(-1, channels)) for column in columns]
-        return torch.stack(products, 2).reshape(kernel[0], out, channels, kernel[1]).permute(1, 2, 0, 3)
+        grad = grad.permute(1, 2, 0, 3)  # (O, H', N, W')
+        shifted = torch.stack([F.pad(grad, (0, 0, 0, 0, row, reach - row)) for row in rows])
+        x = x.permute(1, 2, 0, 3)  # (C, H, N, W)
+        lined_up = torch.stack([x[..., column] for column in columns], 1)  # (C, kw, H, N, W')
+        product = torch.matmul(
+            shifted.reshape(kernel[0] * out, -1), lined_up.reshape(channels * kernel[1], -1).t()
+        )
+        return product.reshape(kernel[0], out, channels, kernel[1]).permute(1, 2, 0, 3)
     # line up the columns of the input once; then one matrix product per kernel row
     x = x.permute(1, 2, 0, 3)  # (C, H, N, W)
     lined_up = torch.stack([x[..., column] for column in columns], 1)  # (C, kw, H, N, W')
