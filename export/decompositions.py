@@ -51,7 +51,6 @@ def decompositions() -> dict[Any, Any]:
     table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.native_batch_norm_backward.default] = batch_norm_backward
-    table[aten._native_batch_norm_legit.no_stats] = batch_norm
     return table
 
 
@@ -139,27 +138,6 @@ def _pair(values: Sequence[int]) -> list[int]:
     return list(values) * 2 if len(values) == 1 else list(values)
 
 
-def batch_norm(
-    x: Tensor,  # (N, C) or (N, C, H, W)
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns x normalised by its own statistics, and the mean and 1 / sqrt(variance + eps) (C,) it has.
-
-    The exporter's own form takes the statistics twice; here backward even shares the centred x.
-    """
-    axes = [0, *range(2, x.dim())]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    mean = x.mean(axes)
-    centred = x - mean.view(shape)
-    inverse = torch.rsqrt((centred * centred).mean(axes) + eps)
-    y = centred * (inverse if weight is None else inverse * weight).view(shape)
-    return y if bias is None else y + bias.view(shape), mean, inverse
-
-
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -172,9 +150,9 @@ def batch_norm_backward(
     eps: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of `batch_norm` by x, weight and bias, in training; shapes as there.
+    """Returns the gradients of a batch norm in training by x (N, C, ...), weight and bias (C,).
 
-    With the very expressions of the forward pass, so that a runtime finds them to be the same.
+    mean, inverse   (C,) of the batch, inverse = 1 / sqrt(variance + eps), as the forward pass returns them
     """
     axes = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
