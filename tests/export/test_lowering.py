@@ -99,7 +99,7 @@ def test_average_pool_backward(
 def test_batch_norm_backward(shape: tuple[int, ...], affine: bool) -> None:
     x = doubles(*shape) * 3 + 2
     weight, bias = (doubles(3, seed=1), doubles(3, seed=2)) if affine else (None, None)
-    y, mean, inverse = aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-3)
+    _, mean, inverse = aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-3)
     grad = doubles(*shape, seed=3)
     arguments = (grad, x, weight, None, None, mean, inverse, True, 1e-3, [True, True, True])
     for got, expected in zip(
