@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -199,13 +200,10 @@ def _show(result: Export, out: Path) -> None:
 def _parity_table(checks: tuple[Check, ...]) -> Table:
     """Returns the largest relative difference of each check at each density; worst tensors stand in parity.json."""
     densities = sorted({check.density for check in checks}, reverse=True)
-    table = Table(
-        title="Parity with PyTorch eager: largest relative difference, by density", title_justify="left"
-    )
-    table.add_column("check", no_wrap=True)
-    for density in densities:
-        table.add_column(f"{density:g}", justify="right")
-    table.add_column("allowed", justify="right")
+    title = "Parity with PyTorch eager: largest relative difference, by density"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("check", *(f"{density:g}" for density in densities), "allowed"):
+        table.add_column(column, justify="left" if column == "check" else "right", no_wrap=True)
     for name in dict.fromkeys(check.check for check in checks):
         row = {check.density: check for check in checks if check.check == name}
         allowed = max(check.tolerance for check in row.values())
