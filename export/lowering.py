@@ -52,7 +52,6 @@ def lower(
             warnings.catch_warnings(),
             sdpa_kernel(SDPBackend.MATH),
             Rewritten(),
-            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),  # with symbols it costs a fifth more
             _quiet("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript"),
         ):
             warnings.simplefilter("ignore")  # the tracer warns of its own internals
