@@ -39,7 +39,7 @@ Data = Annotated[
     str,
     typer.Option(help=".npz, .csv, folder or .zip of class folders of images, or module:function."),
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="What runs the training graphs.")]
+EngineName = Annotated[str, typer.Option("--engine", help="What trains: onnx, executorch or ort_training.")]
 Threads = Annotated[int, typer.Option(min=1, max=64, help="Threads per operator.")]
 Validation = Annotated[
     float,
@@ -62,9 +62,11 @@ def enrol(
     json: Json = False,
 ) -> None:
     """Make this device known to a server; its token is kept in the state directory."""
+    from device_runtime.engines import require_engine
     from device_runtime.errors import StateError
     from device_runtime.state import DeviceState
 
+    require_engine(engine)
     with DeviceState(state) as opened:
         if opened.identity is not None:
             raise StateError(
@@ -99,10 +101,11 @@ def run(
     from device_runtime.agent import Agent, Work
     from device_runtime.client import Client
     from device_runtime.data import load_data
-    from device_runtime.engines import open_engine
+    from device_runtime.engines import open_engine, require_engine
     from device_runtime.errors import StateError
     from device_runtime.training import Tempo
 
+    require_engine(engine)
     with _working(state, json) as (opened, watch, report):
         identity = opened.identity
         if identity is None:
@@ -160,7 +163,7 @@ def train(
     from pydantic import ValidationError
 
     from device_runtime.data import load_data
-    from device_runtime.engines import open_engine
+    from device_runtime.engines import open_engine, require_engine
     from device_runtime.local import adopt, train_locally
     from device_runtime.training import Tempo
     from spafl.bundle import Bundle
@@ -184,6 +187,7 @@ def train(
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+    require_engine(engine)
     with _working(state, json) as (opened, watch, report):
         held = adopt(opened, Bundle.open(bundle))
         train_locally(

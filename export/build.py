@@ -2,7 +2,7 @@
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from export.round import begin_round_graph, end_round_graph
 from export.training import form, state_tensors, train_step_graph
 from spafl import __version__
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
+from spafl.errors import SettingsError
 from spafl.layout import Floats
 from spafl.manifest import Compaction, EngineFiles, InputSpec, Manifest
 from trainer.masked import Masked
@@ -52,6 +53,7 @@ def export_bundle(
     labels: tuple[str, ...],
     options: dict[str, str | bool | float] | None = None,
     conv_divisor: str = "kernel",
+    engines: Sequence[str] = ("onnx",),
     rows: bool = True,
     parity: bool = True,
     examples: tuple[Floats, NDArray[np.int64]] | None = None,
@@ -64,6 +66,7 @@ def export_bundle(
     input, labels  what the model takes and tells apart
     options        how the model was sparsified, for the record
     conv_divisor   of the catch-up step (`trainer.sparsify.layout_of`)
+    engines        whose files the bundle holds; those of onnx it always does
     rows           let the train step take active rows only where that is exact; False: whole tensors
     parity         check every graph against eager PyTorch before anything is written
     examples       (n, *shape), (n,) for the check; random ones if None
@@ -91,6 +94,12 @@ def export_bundle(
         graphs["masked"] = masked_graph(model, tensors, shape)
     state = {tensor.name: model.state_dict()[tensor.name].numpy() for tensor in tensors}
     files = {f"{role}.onnx": graphs[role].SerializeToString(deterministic=True) for role in ROLES}
+    by_engine = {"onnx": _engine(graphs)}
+    for engine in engines:
+        if engine not in by_engine:
+            with stage(f"{engine} programs"):
+                programs, by_engine[engine] = _other_engine(engine)(model, layout, tensors, shape)
+            files |= programs
     manifest = Manifest(
         name=name,
         layout=layout,
@@ -100,8 +109,8 @@ def export_bundle(
         options=options or {},
         train_step=step,
         compaction=tuple(_compaction(ChannelFlows(model, shape))),
-        engines={"onnx": _engine(graphs)},
-        files={f"{role}.onnx": {"bytes": 0, "sha256": "0" * 64} for role in ROLES},
+        engines=by_engine,
+        files={file: {"bytes": 0, "sha256": "0" * 64} for file in files},
         producer=_producer(),
     )
     checks: tuple[Check, ...] = ()
@@ -134,10 +143,18 @@ def _engine(graphs: dict[str, onnx.ModelProto]) -> EngineFiles:
     operators = {role: Counter(node.op_type for node in graph.graph.node) for role, graph in graphs.items()}
     return EngineFiles(
         files={role: f"{role}.onnx" for role in graphs},
-        opset=OPSET,
-        ir_version=IR_VERSION,
+        requires={"opset": str(OPSET), "ir_version": str(IR_VERSION)},
         operators={role: dict(sorted(counts.items())) for role, counts in operators.items()},
     )
+
+
+def _other_engine(name: str) -> Callable[..., tuple[dict[str, bytes], EngineFiles]]:
+    """Returns what makes the files of an engine: (model, layout, tensors, shape) -> bytes by file name, entry.
+
+    Raises:
+        SettingsError: no such engine, or what its export needs is not installed.
+    """
+    raise SettingsError(f"no engine {name!r} to export for: choose onnx, executorch or ort_training")
 
 
 def _producer() -> dict[str, str]:

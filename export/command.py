@@ -86,6 +86,12 @@ def export(
         Divisor,
         typer.Option(help="Divisor of a convolution's catch-up step: kh*kw as published, or its inputs."),
     ] = Divisor.kernel,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Engine to write programs for, besides onnx: executorch or ort_training. Repeatable."
+        ),
+    ] = None,
     rows: Annotated[
         bool, typer.Option(help="Train active rows only, where that is exact. --no-rows: whole tensors.")
     ] = True,
@@ -122,6 +128,7 @@ def export(
             "conv_divisor": conv_divisor.value,
         },
         conv_divisor=conv_divisor.value,
+        engines=engine or (),
         rows=rows,
         parity=parity,
         examples=(model_input(split.train.x[:2048], spec), split.train.y[:2048]) if split else None,

@@ -10,12 +10,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.training import ACTIVE, MOMENTUM, NEXT, ROWS
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import Manifest
-
-NO_CLIP = np.float32(3e38)
+from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -54,15 +52,8 @@ class GraphHost:
 
     def step(self, x: Floats, y: NDArray[np.int64], h: Hyperparameters) -> tuple[float, int]:
         """Returns mean task loss and right predictions of one step."""
-        scalars = {
-            "lr": h.lr,
-            "threshold_lr": h.lr if h.threshold_lr is None else h.threshold_lr,
-            "coeff": h.coeff,
-            "momentum": h.momentum,
-            "clip": NO_CLIP if h.clip is None else h.clip,
-        }
         feeds: Arrays = {"x": x, "y": y}
-        feeds |= {name: np.asarray(value, np.float32) for name, value in scalars.items()}
+        feeds |= {name: np.asarray(value, np.float32) for name, value in h.scalars().items()}
         feeds |= {f"{ACTIVE}{layer}": index for layer, index in self.active.items()}
         feeds |= self.state
         feeds |= {f"{ROWS}{name}": value for name, value in self.rows.items()}

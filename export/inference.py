@@ -16,9 +16,10 @@ from export.compact import CompactModel
 from export.decompositions import LoweringError
 from export.lowering import lower, tidy
 from export.round import GraphBuilder, active_rows, distance, mask
-from export.training import ACTIVE, ROWS, distinct_sizes, model_values
+from export.training import distinct_sizes, model_values
 from spafl.layout import ThresholdLayout
 from spafl.manifest import StateTensor
+from spafl.step import ACTIVE, ROWS
 
 EXTERNAL = "state"
 """Where the initialisers claim their data is; no such file exists, so a runtime that is given none must fail."""

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.lowering import OPSET, tidy
-from export.training import ACTIVE, NEXT, ROWS
 from spafl.algorithm import COLLAPSE_DENSITY
 from spafl.layout import Layer, ThresholdLayout
 from spafl.manifest import StateTensor
+from spafl.step import ACTIVE, NEXT, ROWS
 
 
 class GraphBuilder:

@@ -10,9 +10,6 @@ from torch import Tensor
 from export.compact import CompactModel
 from spafl.manifest import StateTensor
 
-SCALARS = ("lr", "threshold_lr", "coeff", "momentum", "clip")
-"""Hyperparameters that are inputs of the step, so that one graph serves every run. No clipping is a huge `clip`."""
-
 
 @dataclass(frozen=True)
 class StepTensors:
@@ -43,7 +40,7 @@ def training_step(
 ) -> Callable[[Tensor, Tensor, dict[str, Tensor], StepTensors], StepResult]:
     """Returns step(x, y, scalars, tensors) -> StepResult for a model made ready by `for_training`.
 
-    x (N, *shape) float32, y (N,) int64, scalars as in `SCALARS`.
+    x (N, *shape) float32, y (N,) int64, scalars as in `spafl.step.SCALARS`.
 
     Thresholds travel whole, so those of filters left out of the rows advance under the regulariser here, step by
     step, and share the clip factor: they need no treatment of their own afterwards.

@@ -11,12 +11,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from export.compact import BatchNorms, CompactModel
 from export.decompositions import LoweringError
 from export.lowering import lower
-from export.step import SCALARS, StepTensors, training_step
+from export.step import StepTensors, training_step
 from spafl.manifest import StateTensor, TrainStep
+from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 from trainer.sparsify import masked_layers
-
-ROWS, NEXT, MOMENTUM, ACTIVE = "rows.", "next.", "momentum.", "active."
-"""Prefixes of tensor names in the graphs: rows.X the active rows of X, next.X what X becomes."""
 
 
 def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor, ...]:
@@ -88,7 +86,7 @@ def train_step_graph(
 ) -> onnx.ModelProto:
     """Returns the step's graph for a model made ready by `for_training`.
 
-    Inputs    x (batch, *shape), y (batch,) int64, the scalars of `export.step.SCALARS`, active.<layer> (rows,) int64,
+    Inputs    x (batch, *shape), y (batch,) int64, the scalars of `spafl.step.SCALARS`, active.<layer> (rows,) int64,
               each state tensor, and momentum.<tensor> of each trained one; where the manifest says rows, both hold
               active rows only and the state tensor is called rows.<tensor>
     Outputs   loss (), correct () int64, next.<input> of every state tensor and momentum
@@ -115,7 +113,7 @@ def train_step_graph(
             symbols[name] = {0: f"{ROWS}{tensor.layer}"}
 
     for tensor in tensors:
-        add(step_name(tensor), tensor)
+        add(tensor.step_name, tensor)
     for tensor in tensors:
         if tensor.trained:
             add(f"{MOMENTUM}{tensor.name}", tensor)
@@ -130,7 +128,7 @@ def train_step_graph(
             {name: named[name] for name in SCALARS},
             StepTensors(
                 active={layer: named[f"{ACTIVE}{layer}"] for layer in counts},
-                state={tensor.name: named[step_name(tensor)] for tensor in tensors},
+                state={tensor.name: named[tensor.step_name] for tensor in tensors},
                 momenta={name: named[f"{MOMENTUM}{name}"] for name in trained},
             ),
         )
@@ -138,14 +136,9 @@ def train_step_graph(
         return (result.loss, result.correct, *state, *(result.momenta[name].detach() for name in trained))
 
     outputs = ["loss", "correct"]
-    outputs += [f"{NEXT}{step_name(tensor)}" for tensor in tensors]
+    outputs += [f"{NEXT}{tensor.step_name}" for tensor in tensors]
     outputs += [f"{NEXT}{MOMENTUM}{name}" for name in trained]
     return lower(flat, inputs, outputs, symbols)
-
-
-def step_name(tensor: StateTensor) -> str:
-    """Returns what a state tensor is called in the step graph: rows.<name> where it holds active rows only."""
-    return f"{ROWS}{tensor.name}" if tensor.rows else tensor.name
 
 
 def model_values(compact: CompactModel) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from spafl.errors import SettingsError
+from spafl.step import NO_CLIP
 
 MIN_LR = 1e-30
 """Where a decaying learning rate stops: still a float32 above 0, so that a lease stays valid in round 100,000."""
@@ -36,6 +37,16 @@ class Hyperparameters(BaseModel):
     coeff: float = Field(0.002, ge=0, le=10)
     ramp: Literal["none", "fmnist"] = "none"
     clip: float | None = Field(None, gt=0, le=1e6)
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the inputs of a training step by name, as in `spafl.step.SCALARS`."""
+        return {
+            "lr": self.lr,
+            "threshold_lr": self.lr if self.threshold_lr is None else self.threshold_lr,
+            "coeff": self.coeff,
+            "momentum": self.momentum,
+            "clip": NO_CLIP if self.clip is None else self.clip,
+        }
 
     def at(self, round: int, rounds: int) -> Self:
         """Returns the parameters in force in 0-based `round` of `rounds`: decay and ramp worked in, threshold_lr set.

@@ -19,6 +19,7 @@ from pydantic import (
 from spafl.canonical import canonical_json, sha256_hex
 from spafl.errors import BundleError, LayoutError
 from spafl.layout import MAX_AXIS, MAX_NAME, ThresholdLayout
+from spafl.step import ROWS
 
 FORMAT = "spafl-bundle"
 FORMAT_VERSION = 1
@@ -76,6 +77,11 @@ class StateTensor(_Frozen):
         """Returns whether SGD moves it: it then has a momentum of the same shape during a round."""
         return self.role != "statistic"
 
+    @property
+    def step_name(self) -> str:
+        """Returns what the train step calls it: rows.<name> where it takes active rows only."""
+        return f"{ROWS}{self.name}" if self.rows else self.name
+
 
 class TrainStep(_Frozen):
     """The form of `train_step.onnx`: `rows` takes active rows only and is exact; `dense` takes whole tensors.
@@ -124,11 +130,14 @@ class InputSpec(_Frozen):
 
 
 class EngineFiles(_Frozen):
-    """The files an engine runs, by role, and what they need of it (operators with their counts)."""
+    """The files an engine runs, by role, and what they need of it.
+
+    requires   format or package -> version: {"opset": "18", "ir_version": "8"}, {"executorch": "1.5.1"}
+    operators  by role, operators with their counts
+    """
 
     files: dict[str, Annotated[str, AfterValidator(safe_file_name)]]
-    opset: int
-    ir_version: int
+    requires: dict[str, str]
     operators: dict[str, dict[str, int]]
 
 

@@ -12,9 +12,6 @@ from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import Manifest
 
-MOMENTUM, ACTIVE = "momentum.", "active."
-"""Prefixes of what a checkpoint holds besides the state: momentum.<tensor> (its shape), active.<layer> (rows,)."""
-
 
 class EngineError(DeviceError):
     """An engine cannot be opened or was used out of order."""
@@ -55,7 +52,7 @@ class Engine(Protocol):
         ...
 
     def checkpoint(self) -> dict[str, NDArray[Any]]:
-        """Returns the round as it stands, for `resume`: whole state, momentum.<tensor> and active.<layer>."""
+        """Returns the round as it stands: whole state, momentum.<tensor> of its shape, active.<layer>."""
         ...
 
     def resume(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:

@@ -7,16 +7,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from device_runtime.engines.engine import ACTIVE, MOMENTUM, EngineError, RoundStart, StepResult
+from device_runtime.engines.checkpoint import refuse_foreign
+from device_runtime.engines.engine import EngineError, RoundStart, StepResult
 from spafl.bundle import Bundle
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
-
-ROWS, NEXT = "rows.", "next."
-SCALARS = ("lr", "threshold_lr", "coeff", "momentum", "clip")
-NO_CLIP = 3e38
-"""The step's `clip` when there is none: float32 has hardly larger numbers, and no gradient norm reaches it."""
+from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 
 PREDICTION_BATCH = 256
 
@@ -111,7 +108,7 @@ class OnnxEngine:
 
     def resume(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:
         """Returns nothing; the round goes on where `checkpoint` was taken; see `Engine`."""
-        self._refuse_foreign(checkpoint)
+        refuse_foreign(self.manifest, checkpoint)
         active = _under(ACTIVE, checkpoint)
         whole = {tensor.name: checkpoint[tensor.name].copy() for tensor in self.manifest.state}
         rows, momenta = {}, {}
@@ -147,23 +144,6 @@ class OnnxEngine:
         result = logits(session(self._file("infer"), chosen), x)
         del held  # not before: the session reads it
         return result
-
-    def _refuse_foreign(self, checkpoint: Mapping[str, NDArray[Any]]) -> None:
-        """Raises EngineError if `checkpoint` is not of this bundle, naming the tensor."""
-        state = self.manifest.state
-        shapes = {tensor.name: tensor.shape for tensor in state}
-        shapes |= {MOMENTUM + tensor.name: tensor.shape for tensor in state if tensor.trained}
-        wrong = [
-            name
-            for name, shape in shapes.items()
-            if (value := checkpoint.get(name)) is None or value.dtype != np.float32 or value.shape != shape
-        ]
-        filters = {ACTIVE + str(tensor.layer): tensor.shape[0] for tensor in state if tensor.rows}
-        wrong += [name for name, out in filters.items() if not _are_rows(checkpoint.get(name), out)]
-        if wrong:
-            raise EngineError(
-                f"the checkpoint is not of this bundle: {', '.join(wrong[:5])} missing or of another shape"
-            )
 
     def _current(self) -> "_Round":
         if self._round is None:
@@ -205,7 +185,7 @@ class _Round:
         self._graph = graph
         start: dict[str, Floats] = {}
         for tensor in tensors:
-            start[_step_name(tensor)] = rows[tensor.name] if tensor.rows else whole[tensor.name].copy()
+            start[tensor.step_name] = rows[tensor.name] if tensor.rows else whole[tensor.name].copy()
             if tensor.trained:
                 start[MOMENTUM + tensor.name] = momenta[tensor.name]
         self._buffers = [
@@ -219,15 +199,8 @@ class _Round:
         self._turn = 0
 
     def step(self, x: Floats, y: NDArray[np.int64], h: Hyperparameters) -> StepResult:
-        scalars = {
-            "lr": h.lr,
-            "threshold_lr": h.lr if h.threshold_lr is None else h.threshold_lr,
-            "coeff": h.coeff,
-            "momentum": h.momentum,
-            "clip": NO_CLIP if h.clip is None else h.clip,
-        }
-        for name, value in self._scalars.items():
-            value.update_inplace(np.asarray(scalars[name], np.float32))
+        for name, value in h.scalars().items():
+            self._scalars[name].update_inplace(np.asarray(value, np.float32))
         binding = self._bindings[self._turn]
         batch = (np.ascontiguousarray(x, np.float32), np.ascontiguousarray(y, np.int64))
         binding.bind_cpu_input("x", batch[0])
@@ -238,7 +211,7 @@ class _Round:
 
     def value(self, tensor: StateTensor) -> Floats:
         """Returns the tensor's current value: its active rows where it has rows."""
-        return self._buffers[self._turn][_step_name(tensor)].numpy()  # type: ignore[no-any-return]
+        return self._buffers[self._turn][tensor.step_name].numpy()  # type: ignore[no-any-return]
 
     def momentum(self, tensor: StateTensor) -> Floats:
         """Returns the tensor's current momentum, of `value`'s shape."""
@@ -259,17 +232,6 @@ class _Round:
         binding.bind_ortvalue_output("loss", self._loss)
         binding.bind_ortvalue_output("correct", self._correct)
         return binding
-
-
-def _are_rows(index: NDArray[Any] | None, out: int) -> bool:
-    """Returns whether `index` holds ascending int64 row numbers of a layer with `out` filters, at least one."""
-    if index is None or index.dtype != np.int64 or index.ndim != 1 or len(index) == 0:
-        return False
-    return bool(index[0] >= 0 and index[-1] < out and (np.diff(index) > 0).all())
-
-
-def _step_name(tensor: StateTensor) -> str:
-    return ROWS + tensor.name if tensor.rows else tensor.name
 
 
 def _buffer(value: NDArray[Any]) -> ort.OrtValue:

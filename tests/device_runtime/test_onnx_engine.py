@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from device_runtime.engines import EngineError, open_engine
-from device_runtime.engines.engine import ACTIVE, MOMENTUM
 from device_runtime.engines.onnx import OnnxEngine
 from export.host import GraphHost
 from spafl import algorithm
 from spafl.bundle import Bundle
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
+from spafl.step import ACTIVE, MOMENTUM
 from tests.export.bundles import bundle_of, state_of
 from tests.export.models import Exported, exported
 from trainer.local import begin_round, sgd_step, zero_momenta

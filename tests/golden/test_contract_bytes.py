@@ -31,8 +31,8 @@ BODIES: dict[Precision, str] = {
 
 MANIFEST = (
     '{"compaction":[{"drops":true,"layer":"conv","n_in":25,"out":2,"positions":4,"reads":null,"'
-    'reason":"followed by fc"}],"engines":{"onnx":{"files":{"infer":"infer.onnx"},"ir_version":'
-    '8,"operators":{"infer":{"Conv":1}},"opset":18}},"files":{"infer.onnx":{"bytes":3,"sha256":'
+    'reason":"followed by fc"}],"engines":{"onnx":{"files":{"infer":"infer.onnx"},"operators":'
+    '{"infer":{"Conv":1}},"requires":{"ir_version":"8","opset":"18"}}},"files":{"infer.onnx":{"bytes":3,"sha256":'
     '"abababababababababababababababababababababababababababababababab"}},"format":"spafl-bundl'
     'e","format_version":1,"input":{"mean":[0.1307],"shape":[1,6,6],"std":[1]},"labels":["nein"'
     ',"schön"],"layout":[{"kind":"conv","n_in":25,"n_scale":25,"name":"conv","offset":0,"out":2'
@@ -44,7 +44,7 @@ MANIFEST = (
     '"name":"fc.threshold","role":"threshold","rows":false,"shape":[1]}],"train_step":{"form":"'
     'rows","reason":"gated"}}'
 )
-MANIFEST_ID = "ef5ce255597bb0b8a80ee61a36509ebb7bdba62710cddb18f82143dcab9f3536"
+MANIFEST_ID = "99c7de9f7f6980512d0ee679d062891a65e26d267b95cc0b275874828a5bb38d"
 
 
 def test_layout_id() -> None:

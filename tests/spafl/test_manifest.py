@@ -93,7 +93,11 @@ def test_another_spelling_of_the_same_manifest_is_refused(manifest: Manifest) ->
         (lambda d: d["files"].update({"a": ENTRY, "a/b": ENTRY}), "both files and folders"),
         (
             lambda d: d["engines"].update(
-                onnx={"files": {"infer": "infer.onnx"}, "opset": 18, "ir_version": 8, "operators": {}}
+                onnx={
+                    "files": {"infer": "infer.onnx"},
+                    "requires": {"opset": "18", "ir_version": "8"},
+                    "operators": {},
+                }
             ),
             "engine files are not in the bundle",
         ),
