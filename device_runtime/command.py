@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from device_runtime.engine_command import build_executorch
 from device_runtime.report import print_facts
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Enrol, train, compact and predict on a device.",
 )
+
+app.command("build-executorch")(build_executorch)
 
 State = Annotated[Path, typer.Option(help="Directory with this device's state; one per device.")]
 Server = Annotated[str, typer.Option(help="The server's URL.")]
