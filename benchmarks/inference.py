@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from timing import medians
 
-from device_runtime.compaction import RELATIVE_TOLERANCE, Proof, compact
+from device_runtime.compaction import compact
 from device_runtime.engines.onnx import options, session
 from spafl import algorithm
 from spafl.bundle import Bundle
+from spafl.proof import RELATIVE_TOLERANCE, Proof
 
 MODELS = ("lenet5", "conv4")
 DENSITIES = (1.0, 0.5, 0.3, 0.1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from device_runtime import compaction
-from device_runtime.compaction import MODEL, PROOF, Proof, compact, predict
+from device_runtime.compaction import MODEL, compact, predict
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.onnx import options, session
 from export.flow import ChannelFlows
@@ -21,6 +21,7 @@ from spafl import algorithm
 from spafl.bundle import Bundle
 from spafl.errors import BundleError
 from spafl.layout import Floats
+from spafl.proof import PROOF, Proof
 from tests.export.bundles import bundle_of, state_of
 from tests.export.models import LABELS, MODELS, Exported, Graphs
 from trainer.sparsify import layout_of, sparsify
@@ -226,7 +227,7 @@ def test_an_interruption_leaves_nothing(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compaction, moment, interrupted)
+    monkeypatch.setattr("spafl.proof." + moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         compact(plain.bundle, plain.state(0.5), tmp_path, plain.x)
     assert not list(tmp_path.iterdir())
@@ -256,6 +257,6 @@ def test_a_bundle_of_the_exporter(small_bundle: Bundle, tmp_path: Path) -> None:
     x = draw.normal(size=(30, 1, 8, 8)).astype(np.float32)
     proof = compact(small_bundle, state, tmp_path, x, runs=1, threads=2)
     assert [(layer.kept, layer.total) for layer in proof.layers] == [(3, 6), (4, 8), (3, 3)]
-    assert proof.onnxruntime == ort.__version__
+    assert proof.runtime == f"onnxruntime {ort.__version__}"
     with pytest.raises(EngineError, match="no model at"):
         predict(tmp_path / "nothing.onnx", x)

@@ -1,0 +1,192 @@
+"""The proof that a compact model computes what the masked one does: its shape, and how it is made.
+
+The same for every runtime and room: two models are run on the same real inputs, and then timed in turns.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from spafl.layout import Floats
+from spafl.manifest import Compaction, Manifest
+
+PROOF = "proof.json"
+MAX_EXAMPLES = 512
+RELATIVE_TOLERANCE = 1e-5
+"""Largest difference to the masked model, relative to its largest logit, that still counts as equal: float32 sums
+of some thousand terms in another order differ by about 1e-6."""
+WARM_UP = 5
+"""Runs of each model that are not counted."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class LayerProof(_Frozen):
+    """What became of one layer: filters kept of total, and why."""
+
+    layer: str
+    kept: int
+    total: int
+    reason: str
+
+
+class ModelFigures(_Frozen):
+    """Size and speed of one model: file bytes, weights, FLOPs per example, latency in ms at batch 1."""
+
+    bytes: int
+    weights: int
+    flops: int
+    latency_median_ms: float
+    latency_p95_ms: float
+
+
+class Proof(_Frozen):
+    """That the compact model computes what the masked one does, on `examples` real inputs.
+
+    bundle                its id; None where the model was in none
+    max_difference        largest absolute difference of any logit
+    relative_difference   the same over the masked model's largest absolute logit
+    argmax_agreement      share of examples on which both choose the same label
+    equal                 relative_difference <= 1e-5 and argmax_agreement = 1, near-ties aside
+    runtime               what ran the compact model, and its version
+    """
+
+    bundle: str | None
+    examples: int
+    max_difference: float
+    relative_difference: float
+    argmax_agreement: float
+    equal: bool
+    density: dict[str, float]
+    layers: tuple[LayerProof, ...]
+    masked: ModelFigures
+    compact: ModelFigures
+    threads: int
+    runtime: str
+
+    def refusal(self) -> str:
+        """Returns in words why a model that is not equal is not written."""
+        return (
+            f"the compact model differs from the masked one by {self.relative_difference:.1e} of its largest logit "
+            f"(at most {RELATIVE_TOLERANCE:.0e} allowed), labels agree on {self.argmax_agreement:.1%}: not written. "
+            "Please report this"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to compare: logits of any number of examples, logits of one as fast as it can, bytes of its file."""
+
+    logits: Callable[[Floats], Floats]
+    once: Callable[[Floats], object]
+    bytes: int
+
+
+def prove(
+    manifest: Manifest,
+    active: Mapping[str, NDArray[np.bool_]],
+    examples: Floats,
+    *,
+    masked: Candidate,
+    compact: Candidate,
+    runtime: str,
+    bundle: str | None = None,
+    threads: int = 1,
+    runs: int = 200,
+) -> Proof:
+    """Returns the comparison of two models; whether they are equal is for the caller to look at.
+
+    active     which filters (out,) of each masked layer are
+    examples   (n, *shape) float32, n >= 1; at most the first 512 are used
+    runs       of each model for its latency, in turns so that both meet the same machine
+    """
+    examples = examples[:MAX_EXAMPLES]
+    got, expected = compact.logits(examples), masked.logits(examples)
+    difference = float(np.abs(got - expected).max())
+    relative = difference / max(float(np.abs(expected).max()), 1e-30)
+    agreement = _agreement(got, expected, difference)
+    latency = _latencies((masked.once, compact.once), examples, runs)
+    kept = kept_filters(manifest.compaction, active)
+    return Proof(
+        bundle=bundle,
+        examples=len(examples),
+        max_difference=difference,
+        relative_difference=relative,
+        argmax_agreement=agreement,
+        equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
+        density={name: float(rows.mean()) for name, rows in active.items()},
+        layers=_layer_proofs(manifest.compaction, active, kept),
+        masked=_figures(manifest.compaction, {}, masked.bytes, latency[0]),
+        compact=_figures(manifest.compaction, kept, compact.bytes, latency[1]),
+        threads=threads,
+        runtime=runtime,
+    )
+
+
+def kept_filters(compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
+    """Returns how many filters each layer that drops keeps: its active ones, at least one."""
+    return {entry.layer: max(1, int(active[entry.layer].sum())) for entry in compaction if entry.drops}
+
+
+def _agreement(got: Floats, expected: Floats, difference: float) -> float:
+    """Returns the share of examples whose label agrees; where two labels are closer than rounding, either is right."""
+    chosen = np.take_along_axis(expected, got.argmax(1)[:, None], 1)[:, 0]
+    return float((expected.max(1) - chosen <= 2 * difference).mean())
+
+
+def _latencies(
+    models: Sequence[Callable[[Floats], object]], examples: Floats, runs: int
+) -> list[list[float]]:
+    """Returns milliseconds of `runs` runs of each model, taken in turns so that both meet the same machine."""
+    times: list[list[float]] = [[] for _ in models]
+    for run in range(runs + WARM_UP):
+        x = examples[run % len(examples)][None]
+        for model, measured in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(x)
+            measured.append((time.perf_counter() - start) * 1e3)
+    return [measured[WARM_UP:] for measured in times]
+
+
+def _layer_proofs(
+    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], kept: Mapping[str, int]
+) -> tuple[LayerProof, ...]:
+    proofs = []
+    for entry in compaction:
+        reason = entry.reason
+        if entry.drops and not active[entry.layer].any():
+            reason = "no filter is active: one is kept, as zeros, because runtimes refuse empty layers"
+        proofs.append(
+            LayerProof(
+                layer=entry.layer, kept=kept.get(entry.layer, entry.out), total=entry.out, reason=reason
+            )
+        )
+    return tuple(proofs)
+
+
+def _figures(
+    compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
+) -> ModelFigures:
+    weights = flops = 0
+    outs = {entry.layer: entry.out for entry in compaction}
+    for entry in compaction:
+        columns = entry.n_in
+        if entry.reads is not None and entry.reads in kept:
+            columns = columns * kept[entry.reads] // outs[entry.reads]
+        size = kept.get(entry.layer, entry.out) * columns
+        weights += size
+        flops += 2 * size * entry.positions  # a multiplication and an addition each
+    median, p95 = np.percentile(latency, [50, 95])
+    return ModelFigures(
+        bytes=bytes,
+        weights=weights,
+        flops=flops,
+        latency_median_ms=round(float(median), 4),
+        latency_p95_ms=round(float(p95), 4),
+    )
