@@ -1,7 +1,8 @@
 """`train_step.onnx`: the whole training step of a sparsified model as one ONNX graph."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import onnx
 import torch
@@ -84,15 +85,37 @@ def form(compact: CompactModel) -> TrainStep:
 def train_step_graph(
     compact: CompactModel, tensors: tuple[StateTensor, ...], shape: tuple[int, ...]
 ) -> onnx.ModelProto:
-    """Returns the step's graph for a model made ready by `for_training`.
+    """Returns the graph of `flat_step`, its inputs and outputs under those names.
+
+    Raises:
+        LoweringError: an operation that cannot be expressed.
+    """
+    step = flat_step(compact, tensors, shape)
+    return lower(step.function, step.inputs, step.outputs, step.symbols)
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """A step as a function of arrays in a fixed order, for tracing.
+
+    inputs     an example of each by name, in order
+    outputs    names, in order
+    symbols    by input, the names of its symbolic axes
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+    symbols: dict[str, dict[int, str]]
+
+
+def flat_step(compact: CompactModel, tensors: tuple[StateTensor, ...], shape: tuple[int, ...]) -> FlatStep:
+    """Returns the step of a model made ready by `for_training`.
 
     Inputs    x (batch, *shape), y (batch,) int64, the scalars of `spafl.step.SCALARS`, active.<layer> (rows,) int64,
               each state tensor, and momentum.<tensor> of each trained one; where the manifest says rows, both hold
               active rows only and the state tensor is called rows.<tensor>
     Outputs   loss (), correct () int64, next.<input> of every state tensor and momentum
-
-    Raises:
-        LoweringError: an operation that cannot be expressed.
     """
     values = model_values(compact)
     sizes = distinct_sizes(values.values(), shape)
@@ -138,7 +161,7 @@ def train_step_graph(
     outputs = ["loss", "correct"]
     outputs += [f"{NEXT}{tensor.step_name}" for tensor in tensors]
     outputs += [f"{NEXT}{MOMENTUM}{name}" for name in trained]
-    return lower(flat, inputs, outputs, symbols)
+    return FlatStep(flat, inputs, outputs, symbols)
 
 
 def model_values(compact: CompactModel) -> dict[str, Tensor]:
