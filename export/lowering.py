@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.decompositions import TRANSLATIONS, LoweringError, Rewritten, decompositions
+from spafl.step import ACTIVE
 
 aten = torch.ops.aten
 
@@ -59,6 +60,7 @@ def lower(
                 *inputs.values()
             )
             _drop_no_ops(traced)
+            _gather_columns_back(traced, list(inputs))
             dynamic = [
                 dict.fromkeys(symbols.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs
             ]
@@ -105,14 +107,63 @@ class _Flat(nn.Module):
 
 def _drop_no_ops(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target in _NO_OPS:
+        repeated = node.target is aten.expand.default and all(_broadcasts(node, user) for user in node.users)
+        if repeated or node.target in _NO_OPS:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-        elif node.op == "call_function" and node.target is aten.view.default:
+        elif node.target is aten.view.default:
             node.target = aten.reshape.default  # exporting refuses views of what transposes left behind
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise LoweringError(f"{node.target} writes in place, which has no graph: replace that operation")
     traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _broadcasts(expanded: fx.Node, user: fx.Node) -> bool:
+    """Returns whether `user` is a product with something of the expanded size: it then broadcasts by itself."""
+    return user.target is aten.mul.Tensor and any(
+        isinstance(factor, fx.Node)
+        and factor is not expanded
+        and factor.target is not aten.expand.default
+        and factor.meta["val"].shape == expanded.meta["val"].shape
+        for factor in user.args
+    )
+
+
+def _gather_columns_back(traced: fx.GraphModule, inputs: Sequence[str]) -> None:
+    """Rewrites the gradient of a selection of active channels: gathered from the selected ones and a zero.
+
+    What torch makes of it adds rows into zeros, which ONNX can only do along the first axis, between two transposes.
+    """
+    graph = traced.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # only these indices are known to name no channel twice
+    active = {node for node, name in zip(placeholders, inputs, strict=True) if name.startswith(ACTIVE)}
+    for node in list(graph.nodes):
+        if node.target is not aten.index_put.default or node.args[1][-1] not in active:
+            continue
+        zeros, (*whole, index), source = node.args[:3]
+        if any(whole) or zeros.target is not aten.full.default or zeros.args[1] != 0:
+            continue
+        axis, rank = len(whole), zeros.meta["val"].dim()
+        channels = zeros.args[0][axis]
+        with graph.inserting_before(node):
+            count = graph.call_function(aten.sym_size.int, (index, 0))
+            order = graph.call_function(aten.arange.default, (count,))
+            # a channel that is not selected finds the zero behind the last one that is
+            nowhere = graph.call_function(aten.full.default, ([channels], count), {"dtype": torch.int64})
+            places = graph.call_function(aten.scatter.src, (nowhere, 0, index, order))
+            matrix = rank == 2 and axis == 1  # single numbers: faster as rows of the transposed matrix
+            if matrix:
+                source, axis = graph.call_function(aten.t.default, (source,)), 0
+            padding = [0] * (2 * (rank - 1 - axis)) + [0, 1]
+            padded = graph.call_function(aten.constant_pad_nd.default, (source, padding, 0.0))
+            gathered = graph.call_function(aten.index_select.default, (padded, axis, places))
+            if matrix:
+                gathered = graph.call_function(aten.t.default, (gathered,))
+        node.replace_all_uses_with(gathered)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
     traced.recompile()
 
 
@@ -126,8 +177,13 @@ def tidy(model: onnx.ModelProto, symbols: Mapping[str, Mapping[int, str]]) -> on
         holder.doc_string = ""
     del model.graph.value_info[:]
     del model.functions[:]
+    used = {name for node in model.graph.node for name in node.input} | {
+        value.name for value in model.graph.output
+    }
     for node in model.graph.node:
         node.name = ""
+        while len(node.output) > 1 and node.output[-1] not in used:
+            node.output.pop()  # a pool that need not tell its indices is faster
     for value in model.graph.input:
         for axis, name in symbols.get(value.name, {}).items():
             dimension = value.type.tensor_type.shape.dim[axis]

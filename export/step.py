@@ -65,8 +65,8 @@ def training_step(
 
         weights = {name: tensors.state[name] for name in trained}
         gradients, (_, (task, logits, new)) = torch.func.grad_and_value(objective, has_aux=True)(weights)
-        flat = [gradient.flatten() for gradient in gradients.values()]
-        norm = torch.stack([torch.dot(gradient, gradient) for gradient in flat]).sum().sqrt()
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+        norm = norm.square().sum().sqrt()
         factor = torch.clamp(scalars["clip"] / (norm + 1e-6), max=1.0)
         momenta = {
             name: scalars["momentum"] * tensors.momenta[name] + factor * gradients[name] for name in trained

@@ -46,7 +46,9 @@ class _Masked(nn.Module):
 
     def distance(self) -> Tensor:
         """Returns score - tau (out,): positive where the filter is active."""
-        return self.weight.abs().flatten(1).mean(1) / self.scale - self.threshold
+        # mean |w| / scale, with one division of (out,) each way instead of one of the whole weight
+        weights = self.weight[0].numel()
+        return self.weight.abs().flatten(1).sum(1) / (weights * self.scale) - self.threshold
 
     def active(self) -> Tensor:
         """Returns the mask (out,) as detached 0.0 / 1.0."""

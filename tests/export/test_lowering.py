@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.compact import select_columns
 from export.decompositions import (
+    FEW_CHANNELS,
     LoweringError,
     avg_pool2d_backward,
     batch_norm_backward,
@@ -49,6 +51,7 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("channels", "out", "size", "kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
 def test_convolution_backward(
     channels: int,
@@ -58,7 +61,9 @@ def test_convolution_backward(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    wide: bool,
 ) -> None:
+    channels += FEW_CHANNELS * wide
     x, weight = doubles(2, channels, *size), doubles(out, channels, *kernel, seed=1)
     y = F.conv2d(x, weight, None, stride, padding, dilation)
     grad = doubles(*y.shape, seed=2)
@@ -122,13 +127,14 @@ POOLS = {
 }
 
 
+@pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize("name", POOLS)
-def test_max_pool_backward_in_onnxruntime(name: str) -> None:
+def test_max_pool_backward_in_onnxruntime(name: str, rectified: bool) -> None:
     options = POOLS[name]
     shape = (2, 3, 6, 8) if name == "2 x 2" else (2, 3, 7, 9)
 
     def pooled(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, **options)  # type: ignore[arg-type]
+        return F.max_pool2d(F.relu(x) if rectified else x, **options)  # type: ignore[arg-type]
 
     weights = doubles(*pooled(torch.zeros(shape)).shape[1:], seed=1).float()
 
@@ -150,6 +156,49 @@ def test_max_pool_backward_in_onnxruntime(name: str) -> None:
         np.testing.assert_allclose(
             run(graph, {"x": x, "weights": weights.numpy()})["gradient"], expected.numpy(), **FLOAT32
         )
+
+
+def test_a_rectified_tensor_read_twice_keeps_both_readers() -> None:
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        def twice(x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            return F.max_pool2d(y, 2).square().sum() + y.square().sum()
+
+        return (torch.func.grad(twice)(x),)
+
+    x = doubles(2, 3, 6, 8).float()
+    graph = session(lower(gradient, {"x": x}, ["gradient"], {}).SerializeToString())
+    np.testing.assert_allclose(run(graph, {"x": x.numpy()})["gradient"], gradient(x)[0].numpy(), **FLOAT32)
+
+
+def test_the_pool_under_a_relu_works_on_what_is_left() -> None:
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.grad(lambda x: F.max_pool2d(F.relu(x), 2).square().sum())(x),)
+
+    x = torch.zeros(5, 3, 6, 8)
+    nodes = lower(gradient, {"x": x}, ["gradient"], {"x": {0: "batch"}}).graph.node
+    pools = [node for node in nodes if node.op_type == "MaxPool"]
+    (relu,) = [node for node in nodes if node.op_type == "Relu"]
+    assert relu.input[0] == pools[0].output[0]
+    # two pools written alike, without indices: a runtime merges them
+    assert len({str(pool.attribute) for pool in pools}) == 1
+    assert all(len(pool.output) == 1 for pool in pools)
+
+
+@pytest.mark.parametrize(("shape", "columns"), [((5, 7), 1), ((5, 28), 4), ((5, 7, 3, 3), 1)])
+def test_gradient_of_selected_columns(shape: tuple[int, ...], columns: int) -> None:
+    def gradient(weight: Tensor, active: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.grad(lambda w: select_columns(w, active, columns).square().sum())(weight),)
+
+    weight, inputs = doubles(*shape).float(), ("weight", "active.layer")
+    example = dict(zip(inputs, (weight, torch.tensor([0, 2, 3])), strict=True))
+    model = lower(gradient, example, ["gradient"], {"active.layer": {0: "k"}})
+    assert "ScatterND" not in {node.op_type for node in model.graph.node}
+    graph = session(model.SerializeToString())
+    for active in ([1, 6], [4], [0, 1, 2, 3, 4, 5, 6]):
+        index = torch.tensor(active)
+        got = run(graph, {"weight": weight.numpy(), "active.layer": index.numpy()})["gradient"]
+        np.testing.assert_array_equal(got, gradient(weight, index)[0].numpy())
 
 
 def gradients_of(model: nn.Module, shape: tuple[int, ...]) -> None:
