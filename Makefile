@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: .venv/installed ## create .venv with everything: runtime, PyTorch, test tools
@@ -37,6 +37,11 @@ check: venv ## lint, format, types, and the walls between the rooms
 test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
+.PHONY: test-arm64
+test-arm64: venv ## the device on ARM64, emulated, against x86-64; on Debian or Ubuntu, without root
+	$(BIN)/python -m tests.arm64.sysroot .arm64
+	SPAFL_ARM64=.arm64 OMP_NUM_THREADS=1 $(BIN)/pytest tests/arm64 -n $(WORKERS) --dist loadfile -o timeout=600
+
 .PHONY: bench
 bench: venv ## every benchmark; fails if one misses its bars
 	@failed=0; for name in train_step inference wire; do \
@@ -45,6 +50,6 @@ bench: venv ## every benchmark; fails if one misses its bars
 
 .PHONY: clean
 clean: ## remove .venv, caches and the demo's folder
-	rm -rf .venv demo build dist *.egg-info benchmarks/.bundles
+	rm -rf .venv .arm64 demo build dist *.egg-info benchmarks/.bundles
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
