@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device_runtime.engine_command import build_executorch
+from device_runtime.engine_command import build_executorch, engines
 from device_runtime.report import print_facts
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.command("build-executorch")(build_executorch)
+app.command("engines")(engines)
 
 State = Annotated[Path, typer.Option(help="Directory with this device's state; one per device.")]
 Server = Annotated[str, typer.Option(help="The server's URL.")]

@@ -1,9 +1,31 @@
-"""`spafl device build-executorch`: what the executorch engine needs once per machine."""
+"""`spafl device engines` and `build-executorch`: what a device can train with, and what an engine needs once."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def engines(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Engines to ask for; fails if one cannot run here.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
+) -> None:
+    """Tell which engines can run on this device, and what the others need."""
+    from device_runtime.engines import ENGINES, EngineError, require_engine
+    from device_runtime.report import print_facts
+
+    found: dict[str, str] = {}
+    for name in names or ENGINES:
+        try:
+            require_engine(name)
+            found[name] = "ready"
+        except EngineError as error:
+            if names:
+                raise
+            found[name] = str(error)
+    print_facts(found, json=json)
 
 
 def build_executorch(

@@ -53,6 +53,12 @@ def demo(
     seed: Annotated[
         int, typer.Option(min=0, help="Of the split, the weights, the cohorts and the batches.")
     ] = 0,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What devices train with: onnx (default), executorch, ort_training; several take turns."
+        ),
+    ] = None,
     at_once: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that work at the same time; default: one per core, at least 2."),
@@ -85,6 +91,7 @@ def demo(
         hyperparameters=_hyperparameters(model.value, epochs=epochs, lr=lr, coeff=coeff),
         limit=limit or None,
         parity=parity,
+        engines=tuple(engine or ["onnx"]),
     )
     _make_room(plan)
     console = Console()

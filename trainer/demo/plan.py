@@ -22,6 +22,7 @@ class Plan:
     at_once   device processes that run at the same time
     limit     images of each label, where the dataset is class folders
     parity    have the export checked against PyTorch
+    engines   what the devices train with, taking turns
     """
 
     out: Path
@@ -36,6 +37,7 @@ class Plan:
     hyperparameters: Hyperparameters
     limit: int | None = None
     parity: bool = True
+    engines: tuple[str, ...] = ("onnx",)
 
     @property
     def work(self) -> Path:

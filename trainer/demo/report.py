@@ -60,7 +60,7 @@ def write_report(results: Results, trail: Trail, out: Path) -> Path:
 
 def summary(results: Results) -> RenderableType:
     """Returns the final tables for a terminal."""
-    devices = _table(DEVICE_HEADINGS, [*map(_device_row, results.devices)], _overall_row(results))
+    devices = _table(*_devices(results))
     devices.title = "accuracy on held-out examples; masked model → compact model"
     wire = _table(WIRE_HEADINGS, _wire_rows(results), None)
     return Group(devices, wire, Text(" ".join(_sentences(results))))
@@ -81,6 +81,21 @@ def _table(headings: Row, rows: Iterable[Row], last: Row | None) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _devices(results: Results) -> tuple[Row, list[Row], Row]:
+    """Returns headings, a row for each device, and the row of all; with the engines where they are not all onnx."""
+    engines = {device.engine for device in results.devices}
+    headings, overall = list(DEVICE_HEADINGS), list(_overall_row(results))
+    rows = [list(_device_row(device)) for device in results.devices]
+    if engines != {"onnx"}:
+        for line, cell in zip(
+            (headings, *rows, overall),
+            ("engine", *(device.engine for device in results.devices), str(len(engines))),
+            strict=True,
+        ):
+            line.insert(1, cell)
+    return headings, [*rows], overall
 
 
 def _device_row(device: Device) -> Row:
@@ -174,7 +189,7 @@ def _page(results: Results, plots: dict[str, Path]) -> str:
             f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
             for title, path in plots.items()
         ),
-        devices=_html_table(DEVICE_HEADINGS, [*map(_device_row, results.devices)], _overall_row(results)),
+        devices=_html_table(*_devices(results)),
         wire=_html_table(WIRE_HEADINGS, _wire_rows(results)),
         sentences=escape(" ".join(_sentences(results))),
         settings=_html_table(("setting", "value"), list(settings.items())),

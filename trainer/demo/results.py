@@ -38,10 +38,12 @@ class Device(_Frozen):
     """One device: accuracies are shares of its own held-out examples.
 
     rounds, steps   it took part in, and trained; local_only trained as many without exchange
+    engine          what it trained with
     before          the initial model; after: its own model when it last trained
     """
 
     name: str
+    engine: str = "onnx"
     examples: int
     held_out: int
     rounds: int

@@ -54,6 +54,7 @@ class _Device:
     """A device of the demo: its process's name, its examples, and what its processes told."""
 
     name: str
+    engine: str
     file: Path
     state: Path
     examples: int
@@ -68,6 +69,7 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
         DemoError: a process failed, the server refused something, or training diverged.
     """
     async with Fleet(plan.work / "logs", plan.at_once) as fleet:
+        await fleet.run("engines", "device", "engines", *plan.engines, "--json")
         with screen.stage(f"split {Path(plan.dataset).name}"):
             devices = await _split(plan, fleet)
             screen.devices({device.name: device.examples for device in devices})
@@ -105,6 +107,7 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
         devices=tuple(
             Device(
                 name=device.name,
+                engine=device.engine,
                 examples=device.examples,
                 held_out=device.held_out,
                 rounds=len(device.trained),
@@ -131,6 +134,7 @@ async def _split(plan: Plan, fleet: Fleet) -> list[_Device]:
     return [
         _Device(
             name=f"device-{number:02}",
+            engine=plan.engines[number % len(plan.engines)],
             file=Path(client["file"]),
             state=plan.work / "states" / f"device-{number:02}",
             examples=sum(client["train"]),
@@ -145,7 +149,8 @@ async def _export(plan: Plan, fleet: Fleet) -> Bundle:
     # inputs are scaled by the test examples: whoever exports has those, never the devices' own
     await fleet.run(
         "export", "export", plan.model, "--data", plan.work / "data" / "test.npz", "--out", file,
-        "--seed", str(plan.seed), "--parity" if plan.parity else "--no-parity", "--json",
+        "--seed", str(plan.seed), "--parity" if plan.parity else "--no-parity",
+        *(text for engine in plan.engines for text in ("--engine", engine)), "--json",
     )  # fmt: skip
     return Bundle.open(file)
 
@@ -213,7 +218,8 @@ class _Demo:
 
         await self.fleet.run(
             device.name, "device", "run", "--run", RUN, "--rounds", "1", "--server", url, "--name", device.name,
-            "--state", device.state, "--data", device.file, "--seed", str(self.plan.seed), "--json", heard=heard,
+            "--state", device.state, "--data", device.file, "--seed", str(self.plan.seed), "--engine", device.engine,
+            "--json", heard=heard,
         )  # fmt: skip
 
     async def compact(self, device: _Device) -> Proof:
@@ -235,7 +241,7 @@ class _Demo:
         events = await self.fleet.run(
             f"{device.name}-alone", "device", "train", "--bundle", self.bundle.path, "--data", device.file,
             "--state", self.plan.work / "alone" / device.name, "--rounds", str(len(device.trained)),
-            "--seed", str(self.plan.seed), *options, "--json",
+            "--seed", str(self.plan.seed), "--engine", device.engine, *options, "--json",
         )  # fmt: skip
         self.screen.doing(device.name, "")
         return float([event for event in events if event.get("event") == "round.trained"][-1]["accuracy"])
