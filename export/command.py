@@ -51,7 +51,7 @@ class Divisor(StrEnum):
 @app.command()
 def export(
     model: Annotated[
-        str, typer.Argument(help="lenet5, conv4, or module:function returning a torch.nn.Module.")
+        str, typer.Argument(help="lenet5, conv4, vit, or module:function returning a torch.nn.Module.")
     ],
     out: Annotated[Path, typer.Option(help="Bundle to write: a .zip, or a directory.")] = Path("bundle.zip"),
     data: Annotated[

@@ -16,7 +16,7 @@ from trainer.models import MODELS
 def load_model(source: str, labels: int | None, init: Path | None, seed: int) -> nn.Module:
     """Returns the ordinary PyTorch model of `source`, randomly initialised by `seed` or from `init`.
 
-    source  lenet5, conv4, or module:function, a function without arguments that returns an nn.Module
+    source  a name of `trainer.models.MODELS`, or module:function, a function without arguments that returns an nn.Module
     labels  outputs of the models we know; ten if None
     init    a .safetensors file or a torch state_dict, of tensors under the model's own names
 

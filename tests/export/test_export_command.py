@@ -124,7 +124,7 @@ def test_start_weights_and_switches(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["lenet6"], "no model 'lenet6': expected lenet5, conv4 or module:function"),
+        (["lenet6"], "no model 'lenet6': expected lenet5, conv4, vit or module:function"),
         (["no.such.module:f"], "cannot import 'no.such.module:f'"),
         ([f"{MODULE}:missing"], "cannot import"),
         ([":small"], "cannot import ':small'"),

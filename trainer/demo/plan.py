@@ -12,6 +12,7 @@ HYPERPARAMETERS = {
     "lenet5": Hyperparameters(epochs=5, batch_size=64, lr=0.02, coeff=0.002),
     # as published for CIFAR-10
     "conv4": Hyperparameters(epochs=5, batch_size=16, lr=0.01, coeff=0.00015, clip=3.0),
+    "vit": Hyperparameters(epochs=1, batch_size=16, lr=0.01, coeff=0.0001),
 }
 
 
