@@ -132,7 +132,7 @@ class CompactModel:
         share = (weight * constant.view(-1, *[1] * (weight.dim() - 2))).sum(1, keepdim=True)
         if reader.padded:
             # behind the padding a constant channel is not constant: one channel of ones stands for all of them
-            return torch.cat([kept, share], 1), bias, torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            return torch.cat([kept, share], 1), bias, F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0)
         share = share.flatten(1).sum(1)
         return kept, share if bias is None else bias + share, x
 

@@ -1,0 +1,198 @@
+"""A compact XNNPACK program of this device's model: asked for by its mask, filled with its weights, proven and run.
+
+Who makes the program sees which filters are active and nothing else. It answers with a program whose weights are
+holes, and with one that folds a state into what fits them; both run here.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import httpx2
+import numpy as np
+
+from device_runtime.client import Client
+from device_runtime.engines import executorch_program, open_engine
+from device_runtime.engines.engine import EngineError
+from device_runtime.engines.executorch_library import RELEASE
+from device_runtime.errors import BadAnswer
+from spafl.bundle import Bundle, check_state
+from spafl.errors import WireError
+from spafl.layout import Floats
+from spafl.program import (
+    MASK_MEDIA_TYPE,
+    MAX_BODY_BYTES,
+    PROGRAM_MEDIA_TYPE,
+    HollowProgram,
+    Mask,
+    decided,
+    decode_program,
+    encode_mask,
+    mask_digest,
+    mask_of,
+)
+from spafl.proof import PROOF, Candidate, Proof, prove
+
+MODEL = "model.pte"
+METHOD = "forward"
+TIMEOUT = httpx2.Timeout(connect=10.0, read=300.0, write=30.0, pool=10.0)
+"""A program takes seconds to make, and others may be before it."""
+
+Ask = Callable[[Mask], HollowProgram]
+
+
+def ask(client: Client, bundle: Bundle, mask: Mask) -> HollowProgram:
+    """Returns the hollow program for `mask` from a program service; the mask's bits are all it is told.
+
+    Raises:
+        ServerError: the branch that fits the service's answer, or `Unreachable`.
+    """
+    path = f"/bundles/{bundle.id}/programs"
+    answer = client.request(
+        "POST",
+        path,
+        content=encode_mask(bundle.manifest.layout, mask),
+        headers={"Content-Type": MASK_MEDIA_TYPE, "Accept": PROGRAM_MEDIA_TYPE},
+        limit=MAX_BODY_BYTES,
+    )
+    try:
+        return decode_program(answer)
+    except WireError as error:
+        raise BadAnswer(f"POST {path}: {error}") from error
+
+
+def fill(bundle: Bundle, state: Mapping[str, Floats], mask: Mask, program: HollowProgram) -> bytes:
+    """Returns the whole .pte file: `program`, asked for with `mask`, with the weights of `state` in its holes.
+
+    Raises:
+        BadAnswer: the program is of another bundle, mask or release, or does not fit together.
+        EngineError: ExecuTorch refuses the program that folds.
+    """
+    header, layout = program.header, bundle.manifest.layout
+    told = (header.bundle, header.layout, header.mask)
+    if told != (bundle.id, layout.id, mask_digest(encode_mask(layout, mask))):
+        raise BadAnswer(f"got a program of bundle {header.bundle[:12]} or of another mask than was asked for")
+    if header.executorch != RELEASE:
+        raise BadAnswer(
+            f"the program was made by ExecuTorch {header.executorch}, this device runs {RELEASE}: ask a service "
+            "with the same release"
+        )
+    if unknown := sorted(set(header.inputs) - set(state)):
+        raise BadAnswer(f"the program wants tensors this model does not have: {unknown[:5]}")
+    weights = executorch_program.open_program(program.fold).run(
+        METHOD, [np.ascontiguousarray(state[name]) for name in header.inputs]
+    )
+    try:
+        return program.filled(weights)
+    except WireError as error:
+        raise BadAnswer(str(error)) from error
+
+
+def compact(
+    bundle: Bundle,
+    state: Mapping[str, Floats],
+    out: Path,
+    examples: Floats,
+    *,
+    ask: Ask,
+    engine: str,
+    threads: int = 1,
+    runs: int = 200,
+) -> Proof:
+    """Returns the proof for the compact program written to `out`/model.pte, with the proof as `out`/proof.json.
+
+    examples  (n, *shape) float32, n >= 1: real inputs to compare with the masked model; at most the first 512 are used
+    engine    that runs the masked model
+    runs      of each model for its latency
+
+    Raises:
+        BundleError: the state is not one of this bundle's model.
+        EngineError: no examples, or the program differs from the masked model; nothing is left in `out` then.
+        ServerError: no program, or not the one asked for.
+    """
+    manifest = bundle.manifest
+    check_state(manifest, state)
+    if len(examples) == 0:
+        raise EngineError("a proof needs at least one real example, got none: give --data")
+    executorch_program.require()
+    mask = mask_of(manifest.layout, state)
+    masked = _masked(bundle, decided(manifest.layout, state, mask), engine, threads)
+    model = fill(bundle, state, mask, ask(mask))
+    program = Program(model, threads)
+    proof = prove(
+        manifest,
+        mask,
+        examples,
+        masked=masked,
+        compact=Candidate(program.logits, program.once, len(model)),
+        runtime=f"executorch {RELEASE}",
+        bundle=bundle.id,
+        threads=threads,
+        runs=runs,
+    )
+    if not proof.equal:
+        raise EngineError(proof.refusal())
+    out.mkdir(parents=True, exist_ok=True)
+    part, told = out / f"{MODEL}.part", out / f"{PROOF}.part"
+    try:
+        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        part.write_bytes(model)
+        told.replace(out / PROOF)
+        part.replace(out / MODEL)
+    finally:
+        for left in (part, told):
+            left.unlink(missing_ok=True)
+    return proof
+
+
+def predict(model: Path, x: Floats, *, threads: int = 1) -> Floats:
+    """Returns logits (n, labels) of a compact program's file for x (n, *shape) float32.
+
+    Raises:
+        EngineError: no program there, or ExecuTorch refuses it.
+    """
+    if not model.is_file():
+        raise EngineError(f"no model at {model}: make one with `spafl device compact --programs URL`")
+    return Program(model.read_bytes(), threads).logits(x)
+
+
+class Program:
+    """A compact program, opened: x (n, *shape) float32 -> logits (n, labels)."""
+
+    def __init__(self, model: bytes, threads: int) -> None:
+        self._program = executorch_program.open_program(model, threads=threads)
+        self._most = self._program.largest(METHOD, 0)[0]
+
+    def once(self, x: Floats) -> Floats:
+        """Returns the logits of as many examples as the program takes at once."""
+        return self._program.run(METHOD, [x])[0]
+
+    def logits(self, x: Floats) -> Floats:
+        """Returns the logits of any number of examples, n >= 1."""
+        x = np.ascontiguousarray(x, np.float32)
+        parts = [self.once(x[at : at + self._most]) for at in range(0, len(x), self._most)]
+        return np.concatenate(parts)
+
+
+def _masked(bundle: Bundle, state: Mapping[str, Floats], engine: str, threads: int) -> Candidate:
+    """Returns the masked model, whole, as `engine` runs it."""
+    weights = sum(value.nbytes for value in state.values())
+    if engine == "onnx":
+        # its `predict` runs the compact graph; what is compared with here is the masked one
+        from device_runtime.engines.onnx import logits, options, session, supply_state
+
+        graph = bundle.read(bundle.manifest.engines[engine].files["masked"])
+        chosen = options(threads, spinning=False)
+        held = [supply_state(chosen, state)]  # by the function below: the session reads it
+        model = session(graph, chosen)
+
+        def once(x: Floats) -> object:
+            return model.run(["logits"], {"x": x}) if held else None
+
+        return Candidate(lambda x: logits(model, x), once, len(graph) + weights)
+    opened = open_engine(engine, bundle, threads=threads)
+    programs = bundle.manifest.engines[engine].files.values()
+    return Candidate(
+        logits=lambda x: opened.predict(state, x),
+        once=lambda x: opened.predict(state, x),
+        bytes=sum(bundle.manifest.files[file].bytes for file in programs) + weights,
+    )
