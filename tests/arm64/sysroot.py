@@ -197,7 +197,7 @@ def download(packages: Iterable[str], architecture: str, mirror: str, folder: Pa
     Raises:
         SysrootError: apt fails; its own words follow.
     """
-    for name in ("lists/partial", "archives/partial", "etc"):
+    for name in ("lists/partial", "archives/partial", "etc/apt.conf.d", "etc/preferences.d"):
         (folder / name).mkdir(parents=True)
     (folder / "status").touch()  # nothing is installed: so everything needed is downloaded
     sources = folder / "sources.list"
@@ -214,6 +214,7 @@ def download(packages: Iterable[str], architecture: str, mirror: str, folder: Pa
         "APT::Architectures::": architecture,
         "APT::Sandbox::User": "root",  # another user could not write to a folder of ours
         "APT::Install-Recommends": "false",
+        "APT::Update::Error-Mode": "any",  # else a mirror that does not answer is a warning
         "Acquire::Languages": "none",
     }
     lines = [*acquisition(), *(f'{name} "{value}";' for name, value in settings.items())]
