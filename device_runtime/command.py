@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from device_runtime.engine_command import build_executorch, engines
+from device_runtime.engine_command import build_executorch, engines, install_ort_training
 from device_runtime.report import print_facts
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.command("build-executorch")(build_executorch)
 app.command("engines")(engines)
+app.command("install-ort-training")(install_ort_training)
 
 State = Annotated[Path, typer.Option(help="Directory with this device's state; one per device.")]
 Server = Annotated[str, typer.Option(help="The server's URL.")]
@@ -234,15 +235,25 @@ def compact(
     state: State,
     data: Data,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for model.onnx and proof.json; default: in the state.")
+        Path | None, typer.Option(help="Folder for the model and proof.json; default: in the state.")
+    ] = None,
+    programs: Annotated[
+        str | None,
+        typer.Option(help="URL of a program service (`spafl programs`): makes model.pte, for ExecuTorch."),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with that service's token; default: $SPAFL_PROGRAM_TOKEN.")
     ] = None,
     threads: Threads = 1,
     validation: Validation = 0.2,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Cut the pruned filters out of this device's model, and prove on its own examples that nothing else changed."""
-    from device_runtime import compaction
+    """Cut the pruned filters out of this device's model, and prove on its own examples that nothing else changed.
+
+    With onnxruntime all of it happens here. ExecuTorch's programs are made elsewhere: a program service is told which
+    filters are active, never a weight, and this device puts its weights into what it answers.
+    """
     from device_runtime.data import load_data
     from device_runtime.state import snapshot
 
@@ -250,9 +261,18 @@ def compact(
     local = load_data(data, bundle.manifest, validation=validation, seed=seed)
     examples = local.validation if len(local.validation) else local.train
     inputs = examples.inputs(bundle.manifest.input)
-    folder = out or state / "compact"
-    proof = compaction.compact(bundle, tensors, folder, inputs, threads=threads)
-    facts = {"model": str(folder / compaction.MODEL), **proof.model_dump()}
+    if programs is None:
+        from device_runtime import compaction
+
+        folder, name = out or state / "compact", compaction.MODEL
+        proof = compaction.compact(bundle, tensors, folder, inputs, threads=threads)
+    else:
+        from device_runtime import program
+
+        folder, name = out or state / "program", program.MODEL
+        with program.service(programs, token_file) as client:
+            proof = program.compact(bundle, tensors, folder, inputs, client, threads=threads)
+    facts = {"model": str(folder / name), **proof.model_dump()}
     if not json:  # a line per layer reads better than a list of them
         del facts["layers"]
         facts |= {entry.layer: f"{entry.total} => {entry.kept}  {entry.reason}" for entry in proof.layers}
@@ -272,18 +292,22 @@ def predict(
     """Label images with the compact model, or measure its accuracy on labelled examples."""
     import numpy as np
 
-    from device_runtime import compaction
     from device_runtime.data import is_image, load_data, load_images
     from device_runtime.errors import DataError
     from device_runtime.examples import Examples
     from device_runtime.state import snapshot
 
     manifest = snapshot(state)[1].manifest
-    file = model or state / "compact" / compaction.MODEL
+    made = (state / "compact" / "model.onnx", state / "program" / "model.pte")
+    file = model or next((path for path in made if path.is_file()), made[0])
+    if file.suffix == ".pte":
+        from device_runtime.program import predict as infer
+    else:
+        from device_runtime.compaction import predict as infer
     if all(is_image(source) for source in sources):
         pixels = load_images(sources, manifest)
         unlabelled = Examples(pixels, np.zeros(len(pixels), np.int64))
-        logits = compaction.predict(file, unlabelled.inputs(manifest.input), threads=threads)
+        logits = infer(file, unlabelled.inputs(manifest.input), threads=threads)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         odds /= odds.sum(axis=1, keepdims=True)
         for source, row in zip(sources, odds, strict=True):
@@ -298,7 +322,7 @@ def predict(
         )
     local = load_data(sources[0], manifest, validation=0.0)
     examples = local.validation if len(local.validation) else local.train
-    logits = compaction.predict(file, examples.inputs(manifest.input), threads=threads)
+    logits = infer(file, examples.inputs(manifest.input), threads=threads)
     right = int((logits.argmax(axis=1) == examples.y).sum())
     print_facts({"examples": len(examples), "right": right, "accuracy": right / len(examples)}, json=json)
 

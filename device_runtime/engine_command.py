@@ -1,4 +1,4 @@
-"""`spafl device engines` and `build-executorch`: what a device can train with, and what an engine needs once."""
+"""`spafl device engines` and what an engine needs once: `build-executorch`, `install-ort-training`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -54,3 +54,24 @@ def build_executorch(
     source = executorch_library.wheel() if package is None else executorch_library.checked(package)
     path = executorch_library.build(source, out, compiler)
     print_facts({"library": str(path), "bytes": path.stat().st_size}, json=json)
+
+
+def install_ort_training(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the environment; default: in the user's cache.")
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python to make it with, 3.12 at most; default: this one.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
+) -> None:
+    """Install ONNX Runtime Training in an environment of its own: it cannot share one with onnxruntime.
+
+    With --out, set SPAFL_ORT_TRAINING to the Python that is printed.
+    """
+    from device_runtime.engines.ort_training_environment import install
+    from device_runtime.report import print_facts
+
+    made = install(out, python)
+    size = sum(file.stat().st_size for file in made.parents[1].rglob("*") if file.is_file())
+    print_facts({"python": str(made), "bytes": size}, json=json)

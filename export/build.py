@@ -27,6 +27,7 @@ from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.errors import SettingsError
 from spafl.layout import Floats
 from spafl.manifest import Compaction, EngineFiles, InputSpec, Manifest
+from spafl.ort_training import find_python
 from trainer.masked import Masked
 from trainer.sparsify import layout_of
 
@@ -77,6 +78,7 @@ def export_bundle(
         ParityError: a graph differs from PyTorch.
         SettingsError: the model cannot be traced, or has no masked layers.
     """
+    others = {engine: _other_engine(engine) for engine in engines if engine != "onnx"}
     model = model.cpu().float()
     shape = input.shape
     layout = layout_of(model, "n_in" if conv_divisor == "n_in" else "kernel")
@@ -95,11 +97,10 @@ def export_bundle(
     state = {tensor.name: model.state_dict()[tensor.name].numpy() for tensor in tensors}
     files = {f"{role}.onnx": graphs[role].SerializeToString(deterministic=True) for role in ROLES}
     by_engine = {"onnx": _engine(graphs)}
-    for engine in engines:
-        if engine not in by_engine:
-            with stage(f"{engine} programs"):
-                programs, by_engine[engine] = _other_engine(engine)(model, layout, tensors, shape)
-            files |= programs
+    for engine, made_by in others.items():
+        with stage(f"{engine} programs"):
+            programs, by_engine[engine] = made_by(model, layout, tensors, shape)
+        files |= programs
     manifest = Manifest(
         name=name,
         layout=layout,
@@ -154,6 +155,11 @@ def _other_engine(name: str) -> Callable[..., tuple[dict[str, bytes], EngineFile
     Raises:
         SettingsError: no such engine, or what its export needs is not installed.
     """
+    if name == "ort_training":
+        from export.ort_training_artifacts import ort_training_files
+
+        find_python()
+        return ort_training_files
     raise SettingsError(f"no engine {name!r} to export for: choose onnx, executorch or ort_training")
 
 
