@@ -4,11 +4,13 @@ Who makes the program sees which filters are active and nothing else. It answers
 holes, and with one that folds a state into what fits them; both run here.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx2
 import numpy as np
+from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.engines import executorch_program, open_engine
@@ -16,12 +18,13 @@ from device_runtime.engines.engine import EngineError
 from device_runtime.engines.executorch_library import RELEASE
 from device_runtime.errors import BadAnswer
 from spafl.bundle import Bundle, check_state
-from spafl.errors import WireError
+from spafl.errors import SettingsError, WireError
 from spafl.layout import Floats
 from spafl.program import (
     MASK_MEDIA_TYPE,
     MAX_BODY_BYTES,
     PROGRAM_MEDIA_TYPE,
+    TOKEN_VARIABLE,
     HollowProgram,
     Mask,
     decided,
@@ -37,7 +40,24 @@ METHOD = "forward"
 TIMEOUT = httpx2.Timeout(connect=10.0, read=300.0, write=30.0, pool=10.0)
 """A program takes seconds to make, and others may be before it."""
 
-Ask = Callable[[Mask], HollowProgram]
+
+def service(url: str, token_file: Path | None = None) -> Client:
+    """Returns a connection to the program service at `url`; close it, or use it in a `with`.
+
+    token_file   holds the service's token; None: $SPAFL_PROGRAM_TOKEN, or none
+
+    Raises:
+        SettingsError: no usable URL, or no token in the file.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if token_file is not None:
+        try:
+            token = token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"cannot read the token from {token_file}: {error}") from error
+        if not token:
+            raise SettingsError(f"{token_file} holds no token")
+    return Client(url, SecretStr(token) if token else None, timeout=TIMEOUT)
 
 
 def ask(client: Client, bundle: Bundle, mask: Mask) -> HollowProgram:
@@ -92,16 +112,17 @@ def compact(
     state: Mapping[str, Floats],
     out: Path,
     examples: Floats,
+    client: Client,
     *,
-    ask: Ask,
-    engine: str,
+    engine: str | None = None,
     threads: int = 1,
     runs: int = 200,
 ) -> Proof:
     """Returns the proof for the compact program written to `out`/model.pte, with the proof as `out`/proof.json.
 
     examples  (n, *shape) float32, n >= 1: real inputs to compare with the masked model; at most the first 512 are used
-    engine    that runs the masked model
+    client    of a program service
+    engine    that runs the masked model; None: executorch if the bundle has its programs, else onnx
     runs      of each model for its latency
 
     Raises:
@@ -115,8 +136,9 @@ def compact(
         raise EngineError("a proof needs at least one real example, got none: give --data")
     executorch_program.require()
     mask = mask_of(manifest.layout, state)
+    engine = engine or ("executorch" if "executorch" in manifest.engines else "onnx")
     masked = _masked(bundle, decided(manifest.layout, state, mask), engine, threads)
-    model = fill(bundle, state, mask, ask(mask))
+    model = fill(bundle, state, mask, ask(client, bundle, mask))
     program = Program(model, threads)
     proof = prove(
         manifest,
@@ -177,18 +199,8 @@ def _masked(bundle: Bundle, state: Mapping[str, Floats], engine: str, threads: i
     """Returns the masked model, whole, as `engine` runs it."""
     weights = sum(value.nbytes for value in state.values())
     if engine == "onnx":
-        # its `predict` runs the compact graph; what is compared with here is the masked one
-        from device_runtime.engines.onnx import logits, options, session, supply_state
-
-        graph = bundle.read(bundle.manifest.engines[engine].files["masked"])
-        chosen = options(threads, spinning=False)
-        held = [supply_state(chosen, state)]  # by the function below: the session reads it
-        model = session(graph, chosen)
-
-        def once(x: Floats) -> object:
-            return model.run(["logits"], {"x": x}) if held else None
-
-        return Candidate(lambda x: logits(model, x), once, len(graph) + weights)
+        model = _MaskedOnnx(bundle, state, threads)
+        return Candidate(model.logits, model.once, model.bytes + weights)
     opened = open_engine(engine, bundle, threads=threads)
     programs = bundle.manifest.engines[engine].files.values()
     return Candidate(
@@ -196,3 +208,22 @@ def _masked(bundle: Bundle, state: Mapping[str, Floats], engine: str, threads: i
         once=lambda x: opened.predict(state, x),
         bytes=sum(bundle.manifest.files[file].bytes for file in programs) + weights,
     )
+
+
+class _MaskedOnnx:
+    """The bundle's masked graph, where the engine's own `predict` runs the compact one."""
+
+    def __init__(self, bundle: Bundle, state: Mapping[str, Floats], threads: int) -> None:
+        from device_runtime.engines.onnx import logits, options, session, supply_state
+
+        graph = bundle.read(bundle.manifest.engines["onnx"].files["masked"])
+        self.bytes = len(graph)
+        chosen = options(threads, spinning=False)
+        self._held = supply_state(chosen, state)  # as long as the session, which reads it
+        self._session, self._logits = session(graph, chosen), logits
+
+    def logits(self, x: Floats) -> Floats:
+        return self._logits(self._session, x)
+
+    def once(self, x: Floats) -> object:
+        return self._session.run(["logits"], {"x": x})

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from export import program_command
 from export.build import Export, export_bundle
 from export.parity import Check
 from export.source import load_model
@@ -95,6 +96,16 @@ def export(
     rows: Annotated[
         bool, typer.Option(help="Train active rows only, where that is exact. --no-rows: whole tensors.")
     ] = True,
+    pte: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a compact ExecuTorch program here, and no bundle; needs --mask-from, --data."
+        ),
+    ] = None,
+    mask_from: Annotated[
+        Path | None,
+        typer.Option(help="A device's state file, whose active filters and weights --pte is made of."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial weights and of the parity check.")] = 0,
     parity: Annotated[bool, typer.Option(help="Check every graph against PyTorch before writing.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
@@ -102,6 +113,10 @@ def export(
     """Turn a PyTorch model into a bundle that devices train, and prove that it computes the same."""
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise SettingsError(f"name {name!r}: expected letters, digits, '.', '_' and '-', at most 64")
+    if (pte is None) != (mask_from is None):
+        raise SettingsError(
+            "--pte and --mask-from go together: a compact program is made for one device's state"
+        )
     split = open_dataset(data) if data else None
     plain = load_model(model, labels or (len(split.train.labels) if split else None), init, seed)
     spec = _input(plain, split, shape)
@@ -112,6 +127,12 @@ def export(
         raise SettingsError(
             f"the model has {outputs} outputs, but there are {len(texts)} labels: {texts[:12]}"
         )
+    examples = (model_input(split.train.x[:2048], spec), split.train.y[:2048]) if split else None
+    if pte is not None and mask_from is not None:
+        program_command.write(
+            sparse, spec, texts, mask_from, pte, examples[0] if examples else None, as_json=as_json
+        )
+        return
     started = time.perf_counter()
     result = export_bundle(
         sparse,
@@ -131,7 +152,7 @@ def export(
         engines=engine or (),
         rows=rows,
         parity=parity,
-        examples=(model_input(split.train.x[:2048], spec), split.train.y[:2048]) if split else None,
+        examples=examples,
         seed=seed,
         stage=_stage,
     )

@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.build import _compaction
+from export.compact import CompactModel
 from export.decompositions import LoweringError
 from export.folding import Folding
+from export.training import state_tensors
 from spafl.bundle import check_state
 from spafl.errors import SettingsError
 from spafl.layout import Floats
-from spafl.manifest import Manifest
+from spafl.manifest import InputSpec, Manifest, TrainStep
 from spafl.program import (
     HollowProgram,
     Mask,
@@ -38,6 +41,7 @@ from spafl.program import (
     mask_of,
 )
 from spafl.proof import PROOF, Candidate, Proof, prove
+from trainer.sparsify import layout_of
 
 RELEASE = "1.5.1"
 INSTALL = (
@@ -162,6 +166,27 @@ def write_program(
         for left in (proof_part, part):
             left.unlink(missing_ok=True)
     return proof
+
+
+def source_manifest(model: nn.Module, spec: InputSpec, labels: tuple[str, ...]) -> Manifest:
+    """Returns the manifest of `model` (sparsified) without a bundle: what its states and masks look like.
+
+    Raises:
+        LoweringError: it holds something that devices cannot keep.
+    """
+    whole = CompactModel(model, spec.shape, dropped=lambda flow: False)
+    return Manifest(
+        name="source",
+        layout=layout_of(model),
+        state=state_tensors(model, whole),
+        input=spec,
+        labels=labels,
+        train_step=TrainStep(form="dense", reason="not exported"),
+        compaction=tuple(_compaction(whole.flows)),
+        engines={},
+        files={},
+        producer={},
+    )
 
 
 def proof_path(program: Path) -> Path:

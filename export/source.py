@@ -9,14 +9,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from spafl.bundle import Bundle
 from spafl.errors import SettingsError
 from trainer.models import MODELS
+from trainer.sparsify import layout_of, sparsify
 
 
 def load_model(source: str, labels: int | None, init: Path | None, seed: int) -> nn.Module:
     """Returns the ordinary PyTorch model of `source`, randomly initialised by `seed` or from `init`.
 
-    source  a name of `trainer.models.MODELS`, or module:function, a function without arguments that returns an nn.Module
+    source  a name of `trainer.models.MODELS`, or module:function, which takes nothing and returns an nn.Module
     labels  outputs of the models we know; ten if None
     init    a .safetensors file or a torch state_dict, of tensors under the model's own names
 
@@ -32,6 +34,43 @@ def load_model(source: str, labels: int | None, init: Path | None, seed: int) ->
         raise SettingsError(f"no model {source!r}: expected {', '.join(MODELS)} or module:function")
     if init is not None:
         _load(model, init)
+    return model
+
+
+def bundle_model(bundle: Bundle, source: str | None = None) -> nn.Module:
+    """Returns the sparsified model that `bundle` was exported from, made again from its source.
+
+    source   what `load_model` takes; None: what the bundle says it was exported from
+
+    Raises:
+        SettingsError: no source is known, or what it makes is not the bundle's model.
+    """
+    manifest, options = bundle.manifest, bundle.manifest.options
+    source = source or str(options.get("model", ""))
+    if not source:
+        raise SettingsError(f"bundle {manifest.name} does not say what it was exported from: give --model")
+    plain = load_model(source, len(manifest.labels), None, 0)
+    own, initial = plain.state_dict(), bundle.initial_state()
+    # where thresholds are in units of their layer, the initial weights say of which size these are
+    known = {
+        name: torch.from_numpy(value)
+        for name, value in initial.items()
+        if name in own and own[name].shape == value.shape
+    }
+    plain.load_state_dict(known, strict=False)
+    model = sparsify(
+        plain,
+        gate=bool(options.get("gate", True)),
+        mask_head=bool(options.get("mask_head", False)),
+        ste="cifar-release" if options.get("ste") == "cifar-release" else "identity",
+        scale="layer" if options.get("scale") == "layer" else "unit",
+    )
+    layout = layout_of(model, "n_in" if options.get("conv_divisor") == "n_in" else "kernel")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    differ = [tensor.name for tensor in manifest.state if shapes.get(tensor.name) != tensor.shape]
+    if layout.id != manifest.layout.id or differ:
+        what = f"tensors {differ[:5]} differ" if differ else f"its layout is {layout.id}"
+        raise SettingsError(f"{source} is not what bundle {manifest.name} was exported from: {what}")
     return model
 
 

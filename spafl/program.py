@@ -29,6 +29,8 @@ from spafl.protocol import BundleId, Message
 
 MASK_MEDIA_TYPE = "application/vnd.spafl.mask"
 PROGRAM_MEDIA_TYPE = "application/vnd.spafl.program"
+TOKEN_VARIABLE = "SPAFL_PROGRAM_TOKEN"
+"""Holds the token of a program service, on its side and on the devices'."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 32 << 20
 """Of a program without its weights, LeNet-5's has 18 kB: it grows with the number of layers, not with their size."""
