@@ -53,19 +53,22 @@ def lower(
             warnings.catch_warnings(),
             sdpa_kernel(SDPBackend.MATH),
             Rewritten(),
-            _quiet("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript"),
+            quiet("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript"),
         ):
             warnings.simplefilter("ignore")  # the tracer warns of its own internals
             traced = make_fx(function, decomposition_table=decompositions(), tracing_mode="symbolic")(
                 *inputs.values()
             )
-            _drop_no_ops(traced)
+            drop_no_ops(traced)
             _gather_columns_back(traced, list(inputs))
             dynamic = [
                 dict.fromkeys(symbols.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs
             ]
             program = torch.export.export(
-                _Flat(traced), tuple(inputs.values()), dynamic_shapes={"values": tuple(dynamic)}, strict=False
+                FlatModule(traced),
+                tuple(inputs.values()),
+                dynamic_shapes={"values": tuple(dynamic)},
+                strict=False,
             )
             exported = torch.onnx.export(
                 program,
@@ -80,20 +83,20 @@ def lower(
     except LoweringError:
         raise
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError, NotImplementedError) as error:
-        raise LoweringError(f"the model cannot be exported: {_root_cause(error)}") from error
+        raise LoweringError(f"the model cannot be exported: {root_cause(error)}") from error
     if exported is None:
         raise LoweringError("the exporter returned nothing")
     return tidy(exported.model_proto, symbols)
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Returns the first line of the error at the bottom: the one that names the operation."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0][:300]
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-class _Flat(nn.Module):
+class FlatModule(nn.Module):
     """One argument holding all inputs: torch.export wants fixed signatures, and ours vary with the model."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
@@ -105,7 +108,12 @@ class _Flat(nn.Module):
         return self.traced(*values)
 
 
-def _drop_no_ops(traced: fx.GraphModule) -> None:
+def drop_no_ops(traced: fx.GraphModule) -> None:
+    """Takes detaching and the like out of `traced`, and refuses what writes in place.
+
+    Raises:
+        LoweringError: an operation that writes in place.
+    """
     for node in list(traced.graph.nodes):
         repeated = node.target is aten.expand.default and all(_broadcasts(node, user) for user in node.users)
         if repeated or node.target in _NO_OPS:
@@ -198,7 +206,7 @@ def tidy(model: onnx.ModelProto, symbols: Mapping[str, Mapping[int, str]]) -> on
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Silences loggers for a while: the exporter reports its progress there."""
     levels = {name: logging.getLogger(name).level for name in names}
     try:
