@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ from tests.arm64 import machine
 from tests.arm64.machine import SPAFL, Machine
 
 BATCH, STEPS, EXAMPLES = 8, 5, 48
+
+TRAJECTORY = Path(__file__).with_name("trajectory.py")
+
+Trajectories = Callable[[str, Machine], Path]
+"""The file `trajectory.py` writes for an engine on a machine."""
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +72,22 @@ def inputs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inputs") / "inputs.npz"
     np.savez(path, base=base, target=target, x=x, y=y)
     return path
+
+
+@pytest.fixture(scope="session")
+def trajectories(bundle: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    """Runs each once."""
+    folder = tmp_path_factory.mktemp("trajectories")
+    made: dict[tuple[str, str], Path] = {}
+
+    def run(engine: str, machine: Machine) -> Path:
+        key = (engine, machine.command[0])
+        if key not in made:
+            made[key] = folder / f"{len(made)}.safetensors"
+            machine.run(TRAJECTORY, engine, bundle, inputs, made[key])
+        return made[key]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """A Debian arm64 Python with the device's packages in one folder: `python -m tests.arm64.sysroot FOLDER`.
 
-    root/    Python 3.11 for arm64 and the libraries it is linked with, unpacked from Debian's packages
-    tools/   the emulator and a C++ cross compiler, for this machine
-    site/    aarch64 wheels of what the device depends on, and of ExecuTorch
-    app/     links to the device's two rooms in this checkout: of the others nothing can be imported
-    pycache/ what the emulated Python compiles
+    root/        Python 3.11 for arm64 and the libraries it is linked with, unpacked from Debian's packages
+    tools/       the emulator and a C++ cross compiler, for this machine
+    site/        aarch64 wheels of what the device depends on
+    executorch/  the aarch64 wheel of ExecuTorch, for its libraries
+    app/         links to the device's two rooms in this checkout: of the others nothing can be imported
+    pycache/     what the emulated Python compiles
 
 Nothing is installed and no root is needed: apt and pip download into the folder, dpkg-deb unpacks there. What is
 complete is kept; so a second call takes no time, and an interrupted one goes on with the part it was at.
@@ -71,11 +72,13 @@ def build(
     require_host()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = requirements()
+    wanted, executorch = requirements()
     parts: tuple[tuple[str, object, Callable[[Path], None]], ...] = (
         ("root", [mirror, *SYSTEM], lambda part: unpack_system(part, mirror)),
         ("tools", [mirror, EMULATOR, COMPILER], lambda part: unpack_tools(part, mirror)),
         ("site", wanted, lambda part: install_wheels(part, wanted)),
+        # its libraries need none of the packages its Python part asks for
+        ("executorch", executorch, lambda part: install_wheels(part, executorch, "--no-deps")),
     )
     for name, inputs, make in parts:
         began = time.monotonic()
@@ -104,12 +107,11 @@ def require_host() -> None:
         raise SysrootError(f"Debian's keys are not at {KEYRING}: sudo apt-get install debian-archive-keyring")
 
 
-def requirements() -> dict[str, list[str]]:
-    """Returns what the device needs as pyproject.toml has it: `whole` with its dependencies, `alone` without them."""
+def requirements() -> tuple[list[str], list[str]]:
+    """Returns what pyproject.toml says the device needs, and what the executorch engine."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    # ExecuTorch's libraries run without any of the packages its Python part asks for
-    return {"whole": [*project["dependencies"], *extras["device"]], "alone": extras["executorch"]}
+    return [*project["dependencies"], *extras["device"]], extras["executorch"]
 
 
 def provide(folder: Path, inputs: object, make: Callable[[Path], None]) -> bool:
@@ -168,27 +170,20 @@ exec "$tools/usr/bin/aarch64-linux-gnu-g++" --sysroot="$tools" "$@"
     compiler.chmod(0o755)
 
 
-def install_wheels(site: Path, wanted: Mapping[str, Sequence[str]]) -> None:
-    """Returns nothing; `site` holds the wheels for the sysroot's Python, whichever Python runs this."""
+def install_wheels(site: Path, wanted: Sequence[str], *options: str) -> None:
+    """Returns nothing; `site` holds the wheels of `wanted` for the sysroot's Python, whichever Python runs this."""
     glibcs = [f"manylinux_2_{minor}_aarch64" for minor in GLIBC]
-    for options, needed in ([], wanted["whole"]), (["--no-deps"], wanted["alone"]):
-        run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-                *(
-                    "--target",
-                    str(site),
-                    "--upgrade",
-                    "--no-compile",
-                    "--only-binary=:all:",
-                ),
-                *("--python-version", PYTHON, "--implementation", "cp"),
-                *(f"--platform={tag}" for tag in (*glibcs, "manylinux2014_aarch64")),
-                *options,
-                *needed,
-            ],
-            "pip cannot fetch the device's aarch64 wheels",
-        )
+    run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("--target", str(site), "--upgrade", "--no-compile", "--only-binary=:all:"),
+            *("--python-version", PYTHON, "--implementation", "cp"),
+            *(f"--platform={tag}" for tag in (*glibcs, "manylinux2014_aarch64")),
+            *options,
+            *wanted,
+        ],
+        "pip cannot fetch the device's aarch64 wheels",
+    )
 
 
 def download(packages: Iterable[str], architecture: str, mirror: str, folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from device_runtime import compaction
 from device_runtime.data import load_data
 from device_runtime.state import read_journal, snapshot
 from spafl.bundle import Bundle
-from spafl.proof import RELATIVE_TOLERANCE
+from spafl.proof import PROOF, RELATIVE_TOLERANCE
 from tests.arm64.closeness import assert_close
 from tests.arm64.machine import SPAFL, Machine
 
@@ -62,7 +62,7 @@ def test_compaction_on_arm64_is_proven_and_cuts_what_it_cuts_here(
     proofs = []
     for machine, out in ((phone, there), (desktop, here)):
         (told,) = machine.device("compact", "--state", state, "--data", data, "--out", out)
-        proofs.append(json.loads((out / compaction.PROOF).read_text()))
+        proofs.append(json.loads((out / PROOF).read_text()))
         assert told["equal"] is True
     got, expected = proofs
     assert got["argmax_agreement"] == 1.0

@@ -1,7 +1,6 @@
 """Five steps of LeNet-5 on ARM64 and on x86-64: the same numbers, in one piece or cut in two between the machines."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tests.arm64.closeness import assert_close
+from tests.arm64.conftest import TRAJECTORY, Trajectories
 from tests.arm64.machine import Machine
 from tests.arm64.trajectory import CHECKPOINT, CUT, ENDED
-
-TRAJECTORY = Path(__file__).with_name("trajectory.py")
-
-Trajectories = Callable[[str, Machine], Path]
-
-
-@pytest.fixture(scope="module")
-def trajectories(bundle: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
-    """The file of an engine's trajectory on a machine; each is run once."""
-    folder = tmp_path_factory.mktemp("trajectories")
-    made: dict[tuple[str, str], Path] = {}
-
-    def run(engine: str, machine: Machine) -> Path:
-        key = (engine, machine.command[0])
-        if key not in made:
-            made[key] = folder / f"{len(made)}.safetensors"
-            machine.run(TRAJECTORY, engine, bundle, inputs, made[key])
-        return made[key]
-
-    return run
 
 
 def test_the_phone_is_arm64_and_has_no_torch(phone: Machine, desktop: Machine) -> None:
