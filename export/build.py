@@ -155,6 +155,11 @@ def _other_engine(name: str) -> Callable[..., tuple[dict[str, bytes], EngineFile
     Raises:
         SettingsError: no such engine, or what its export needs is not installed.
     """
+    if name == "executorch":
+        from export.executorch_programs import executorch_programs, require_executorch
+
+        require_executorch()
+        return executorch_programs
     if name == "ort_training":
         from export.ort_training_artifacts import ort_training_files
 

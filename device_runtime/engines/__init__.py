@@ -47,6 +47,12 @@ def _opener(name: str) -> Callable[[Bundle, int, bool], Engine]:
         except ModuleNotFoundError as error:
             raise EngineError(f"engine onnx needs {error.name}: pip install 'spafl[device]'") from error
         return lambda bundle, threads, spinning: OnnxEngine(bundle, threads=threads, spinning=spinning)
+    if name == "executorch":
+        from device_runtime.engines.executorch import ExecutorchEngine
+        from device_runtime.engines.executorch_program import require
+
+        require()
+        return lambda bundle, threads, spinning: ExecutorchEngine(bundle, threads=threads)
     if name == "ort_training":
         from device_runtime.engines.ort_training import OrtTrainingEngine
         from device_runtime.engines.ort_training_environment import require_python
