@@ -1,6 +1,7 @@
 """Artifacts for ONNX Runtime Training: training, eval and optimizer model, and a checkpoint."""
 
 import json
+import re
 import struct
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from torch import nn
 from export.decompositions import LoweringError
 from export.ort_training_forward import OBJECTIVE, forward_model
 from export.ort_training_models import eval_model, optimizer_model, training_model
+from export.ort_training_trial import check_artifacts
 from spafl.layout import ThresholdLayout
 from spafl.manifest import EngineFiles, StateTensor
 from spafl.ort_training import RELEASE, find_python
@@ -24,6 +26,8 @@ from spafl.step import MOMENTUM
 FOLDER = "ort_training"
 CHECKPOINT = "checkpoint"
 
+_CANNOT = f"ONNX Runtime Training {RELEASE} cannot train this model"
+_ADVICE = "Replace that operation, or leave --engine ort_training out"
 _WORKER = Path(__file__).with_name("ort_training_gradient.py")
 _SECONDS = 600
 """For the other environment to build and try what takes it a second or two."""
@@ -46,14 +50,17 @@ def ort_training_files(
         (folder / "forward.onnx").write_bytes(forward.SerializeToString())
         (folder / "request.json").write_text(json.dumps({"trained": trained, "objective": OBJECTIVE}))
         (folder / "parameters.bin").write_bytes(b"".join(_with_lengths(_parameters(model, tensors))))
-        run(python, "gradient", folder)
+        _run(python, "gradient", folder)
         models = {
             "training_model": training_model(onnx.load(folder / "gradient.onnx"), tensors),
             "eval_model": eval_model(model, tensors, shape),
             "optimizer_model": optimizer_model(),
         }
         files = {f"{role}.onnx": made.SerializeToString(deterministic=True) for role, made in models.items()}
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
         files[CHECKPOINT] = (folder / CHECKPOINT).read_bytes()
+        check_artifacts(model, layout, tensors, shape, folder, lambda folder: _run(python, "trial", folder))
     operators = {role: Counter(node.op_type for node in made.graph.node) for role, made in models.items()}
     entry = EngineFiles(
         files={name.removesuffix(".onnx"): f"{FOLDER}/{name}" for name in files},
@@ -63,7 +70,7 @@ def ort_training_files(
     return {f"{FOLDER}/{name}": data for name, data in files.items()}, entry
 
 
-def run(python: Path, what: str, folder: Path) -> None:
+def _run(python: Path, what: str, folder: Path) -> None:
     """Returns nothing; `ort_training_gradient.py` did `what` in the other environment.
 
     Raises:
@@ -72,10 +79,13 @@ def run(python: Path, what: str, folder: Path) -> None:
     done = subprocess.run(
         [python, "-I", _WORKER, what, folder], capture_output=True, text=True, timeout=_SECONDS, check=False
     )
+    if done.returncode < 0:
+        raise LoweringError(f"{_CANNOT}: its process crashed ({-done.returncode}). {_ADVICE}")
     if done.returncode:
-        lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
-        reason = lines[-1][:400] if lines else f"its process ended with {done.returncode}"
-        raise LoweringError(f"ONNX Runtime Training {RELEASE} refuses the model: {reason}")
+        reason = (done.stderr.strip().splitlines() or ["no word why"])[-1]
+        if found := re.search(r"gradient builder has not been registered: (\w+)", reason):
+            reason = f"it has no gradient for {found[1]}"
+        raise LoweringError(f"{_CANNOT}: {reason[:400]}. {_ADVICE}")
 
 
 def _parameters(model: nn.Module, tensors: tuple[StateTensor, ...]) -> Iterator[bytes]:

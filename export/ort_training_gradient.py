@@ -38,7 +38,7 @@ def gradient(folder: Path) -> None:
 
 
 def trial(folder: Path) -> None:
-    """Returns nothing; writes after.npz: the parameters after one step of the artifacts, and the logits after it.
+    """Returns nothing; writes after.npz: the parameters after one step of the artifacts, its loss and correct.
 
     before.npz   parameters (n,) float32, one after the other in the training model's order, x, y and the scalars
     """
@@ -61,7 +61,6 @@ def trial(folder: Path) -> None:
     after = dict(zip(module.output_names(), outcome, strict=True))
     optimizer.step()
     after["parameters"] = module.get_contiguous_parameters().numpy()
-    after["logits"] = module.eval()(before["x"])
     np.savez(folder / "after.npz", **after)
 
 

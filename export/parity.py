@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -28,6 +28,7 @@ DENSITIES = (1.0, 0.5, 0.3, 0.1)
 BATCHES = (16, 16, 7, 16, 5, 16, 16, 9, 16, 3)
 """Batch sizes of the ten steps: whole ones and partial ones."""
 
+STEP = Hyperparameters(lr=0.01, threshold_lr=0.002, coeff=0.01, clip=1.0)
 STEP_TOLERANCE = 1e-5
 """Of a step's loss, next state and momenta, relative to the tensor's largest magnitude: some 100 float32 roundings."""
 CONDITION_FACTOR = 8.0
@@ -41,6 +42,23 @@ INFERENCE_TOLERANCE = 1e-5
 """Of logits, relative to the largest: the bar for compact against masked."""
 
 Floating: TypeAlias = NDArray[np.floating]
+
+
+class Host(Protocol):
+    """What takes the steps: `GraphHost`, or the runtime of another engine, whose `rows` and `active` are empty."""
+
+    state: Arrays
+    momenta: Arrays
+    active: Arrays
+    rows: Arrays
+
+    def synchronise(self, state: Mapping[str, Floats], momenta: Mapping[str, Floats]) -> None:
+        """Returns nothing; the next step starts from the given whole state and momenta."""
+        ...
+
+    def step(self, x: Floats, y: NDArray[np.int64], h: Hyperparameters) -> tuple[float, int]:
+        """Returns mean task loss and right predictions of one step; state and momenta move on."""
+        ...
 
 
 class ParityError(SpaflError):
@@ -132,7 +150,9 @@ def _checks(
         for size in BATCHES:
             for _ in range(DRAWS):
                 before = copy.deepcopy((eager, momenta))
-                check = _step(eager, momenta, host, manifest, density, _batch(manifest, size, draw, examples))
+                check = check_step(
+                    eager, momenta, host, manifest, density, _batch(manifest, size, draw, examples)
+                )
                 if check.difference <= check.tolerance:
                     break
                 eager, momenta = before
@@ -161,7 +181,7 @@ def _checks(
 
 def _threshold_gradients(
     eager: nn.Module,
-    host: GraphHost,
+    host: Host,
     manifest: Manifest,
     density: float,
     batch: tuple[Floats, NDArray[np.int64]],
@@ -189,16 +209,16 @@ def _threshold_gradients(
     )
 
 
-def _step(
+def check_step(
     eager: nn.Module,
     momenta: Momenta,
-    host: GraphHost,
+    host: Host,
     manifest: Manifest,
     density: float,
     batch: tuple[Floats, NDArray[np.int64]],
+    h: Hyperparameters = STEP,
 ) -> Check:
     """Returns the check of one step from eager's state; eager and its momenta move on."""
-    h = Hyperparameters(lr=0.01, threshold_lr=0.002, coeff=0.01, clip=1.0)
     exact = copy.deepcopy(eager).double()
     exact_momenta = {name: value.double() for name, value in momenta.items()}
     host.synchronise(_state(eager, manifest), _arrays(momenta))
