@@ -351,12 +351,14 @@ def _lower(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -
     require_executorch()
     with _quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.exir import to_edge, to_edge_transform_and_lower
 
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-            partitioners = [XnnpackPartitioner()] if dynamic else []
-            edge = to_edge_transform_and_lower(program, partitioner=partitioners)
+            if dynamic:
+                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            else:
+                edge = to_edge(program)
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # its passes raise what they happen to raise
             raise LoweringError(f"ExecuTorch cannot compile the model: {_first_line(error)}") from error

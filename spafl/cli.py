@@ -12,11 +12,7 @@ from spafl.errors import SpaflError
 
 COMMANDS = {
     "export": ("export.command", "Turn a PyTorch model into a bundle that devices train.", "export"),
-    "programs": (
-        "export.program_command",
-        "Make compact ExecuTorch programs for devices from their masks.",
-        "export,server",
-    ),
+    "programs": ("export.program_command", "Make compact ExecuTorch programs from devices' masks.", "all"),
     "data": ("trainer.data.command", "Look at a dataset and split it over devices.", "trainer"),
     "serve": ("server_api.command", "Run the aggregation server.", "server"),
     "run": ("server_api.operator", "Create, start, watch and steer runs on a server.", "server"),
