@@ -33,8 +33,9 @@ aten = torch.ops.aten
 
 RELEASE = "1.5.1"
 """Of ExecuTorch: the only one whose runtime the engine uses."""
-MAX_BATCH = 256
-"""Examples at a time that memory is planned for: four times the default batch size."""
+MAX_BATCH = 64
+"""Examples at a time that memory is planned for: the default batch size. Planned for 256, smaller batches would write
+to twice as many pages, because what shares memory in turns is then laid out for the largest batch."""
 
 
 def executorch_programs(
@@ -183,7 +184,10 @@ def _lower(
         FlatModule(traced), tuple(examples), dynamic_shapes={"values": shapes}, strict=False
     )
     # `linear` would be taken apart into a transposition and a product, which is what it is there to avoid
-    edge = to_edge(exported, compile_config=EdgeCompileConfig(preserve_ops=[aten.linear.default]))
+    edge = to_edge(
+        exported,
+        compile_config=EdgeCompileConfig(preserve_ops=[aten.linear.default], _check_ir_validity=False),
+    )
     # inputs and outputs stay the caller's memory: nothing is copied, and the state can be written over itself
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
     lowered = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
