@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ARCHITECTURE = 1e-5
-"""Relative to a tensor's largest value. Other vector instructions add the same float32 numbers in another order: five
-steps of LeNet-5 differed by 1e-6 in momentum and 2e-7 in weights; an error in a kernel would show at 1e-2."""
+"""Relative to a tensor's largest value. Other vector instructions, and other engines, add the same float32 numbers in
+another order: five steps of LeNet-5 differed by 1e-6 in momentum and 2e-7 in weights; a learning rate that is wrong by
+half a percent shows at 5e-5."""
 
 
 def assert_close(got: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> None:

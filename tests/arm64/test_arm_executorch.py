@@ -10,9 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from spafl.proof import PROOF, RELATIVE_TOLERANCE
+from tests.arm64.closeness import assert_close
+from tests.arm64.conftest import TRAJECTORY, Trajectories
 from tests.arm64.machine import SPAFL, Machine
+from tests.arm64.trajectory import ended
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason="its programs are made by ExecuTorch: make engines"
@@ -46,6 +50,23 @@ def service(bundle: Path) -> Iterator[str]:
         assert process.stdout is not None
         yield json.loads(process.stdout.readline())["url"]
         process.terminate()
+
+
+def test_five_steps_on_arm64_are_those_on_x86_64_and_those_of_onnxruntime(
+    phone: Machine, desktop: Machine, trajectories: Trajectories
+) -> None:
+    got, expected = (load_file(trajectories("executorch", machine)) for machine in (phone, desktop))
+    assert_close(got, expected)
+    assert_close(got, load_file(trajectories("onnx", desktop)))
+
+
+def test_a_round_begun_by_onnxruntime_on_x86_64_ends_by_executorch_on_arm64(
+    phone: Machine, desktop: Machine, trajectories: Trajectories, bundle: Path, inputs: Path, tmp_path: Path
+) -> None:
+    begun = trajectories("onnx", desktop)
+    phone.run(TRAJECTORY, "executorch", bundle, inputs, tmp_path / "out", begun)
+    got, expected = load_file(tmp_path / "out"), load_file(begun)
+    assert_close(ended(got), ended(expected))
 
 
 def test_a_compact_program_is_filled_proven_and_run_on_arm64(

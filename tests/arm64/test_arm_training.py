@@ -2,18 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tests.arm64.closeness import assert_close
 from tests.arm64.conftest import TRAJECTORY, Trajectories
 from tests.arm64.machine import Machine
-from tests.arm64.trajectory import CHECKPOINT, CUT, ENDED
+from tests.arm64.trajectory import CHECKPOINT, CUT, ended
 
 
 def test_the_phone_is_arm64_and_has_no_torch(phone: Machine, desktop: Machine) -> None:
@@ -59,10 +57,6 @@ def test_a_checkpoint_goes_on_on_the_other_architecture(
         name for name, value in ended(got).items() if not np.array_equal(value, expected[CHECKPOINT + name])
     ]
     assert set(moved) == set(ended(got))
-
-
-def ended(trajectory: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(ENDED): value for name, value in trajectory.items() if name.startswith(ENDED)}
 
 
 def metadata(file: Path) -> dict[str, str]:

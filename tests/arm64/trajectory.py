@@ -11,10 +11,13 @@ BEGUN   such a file: the round goes on from its checkpoint instead of beginning
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.typing import NDArray
 
 from device_runtime.engines import open_engine
 from spafl.bundle import Bundle
@@ -59,6 +62,11 @@ def main(name: str, path: str, inputs: str, out: str, begun: str | None = None) 
     safetensors.numpy.save_file(
         {key: np.ascontiguousarray(value) for key, value in found.items()}, Path(out), metadata=told
     )
+
+
+def ended(trajectory: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Returns the state after the last step from what a trajectory's file holds."""
+    return {name.removeprefix(ENDED): value for name, value in trajectory.items() if name.startswith(ENDED)}
 
 
 if __name__ == "__main__":
