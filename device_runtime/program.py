@@ -5,7 +5,7 @@ holes, and with one that folds a state into what fits them; both run here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import SecretStr
 
 from device_runtime.client import Client
-from device_runtime.engines import executorch_program, open_engine
+from device_runtime.engines import executorch_program
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.executorch_library import RELEASE
 from device_runtime.errors import BadAnswer
@@ -114,7 +114,6 @@ def compact(
     examples: Floats,
     client: Client,
     *,
-    engine: str | None = None,
     threads: int = 1,
     runs: int = 200,
 ) -> Proof:
@@ -122,7 +121,6 @@ def compact(
 
     examples  (n, *shape) float32, n >= 1: real inputs to compare with the masked model; at most the first 512 are used
     client    of a program service
-    engine    that runs the masked model; None: executorch if the bundle has its programs, else onnx
     runs      of each model for its latency
 
     Raises:
@@ -136,8 +134,7 @@ def compact(
         raise EngineError("a proof needs at least one real example, got none: give --data")
     executorch_program.require()
     mask = mask_of(manifest.layout, state)
-    engine = engine or ("executorch" if "executorch" in manifest.engines else "onnx")
-    masked = _masked(bundle, decided(manifest.layout, state, mask), engine, threads)
+    masked = _masked(bundle, decided(manifest.layout, state, mask), threads)
     model = fill(bundle, state, mask, ask(client, bundle, mask))
     program = Program(model, threads)
     proof = prove(
@@ -178,52 +175,43 @@ def predict(model: Path, x: Floats, *, threads: int = 1) -> Floats:
 
 
 class Program:
-    """A compact program, opened: x (n, *shape) float32 -> logits (n, labels)."""
+    """A compact program, opened: x (n, *shape) float32 -> logits (n, labels).
 
-    def __init__(self, model: bytes, threads: int) -> None:
+    tensors   what it takes besides examples: none if its weights are inside
+    """
+
+    def __init__(self, model: bytes, threads: int, tensors: Sequence[Floats] = ()) -> None:
         self._program = executorch_program.open_program(model, threads=threads)
+        self._tensors = tensors
         self._most = self._program.largest(METHOD, 0)[0]
 
     def once(self, x: Floats) -> Floats:
         """Returns the logits of as many examples as the program takes at once."""
-        return self._program.run(METHOD, [x])[0]
+        return self._program.run(METHOD, [x, *self._tensors])[0]
 
     def logits(self, x: Floats) -> Floats:
         """Returns the logits of any number of examples, n >= 1."""
         x = np.ascontiguousarray(x, np.float32)
-        parts = [self.once(x[at : at + self._most]) for at in range(0, len(x), self._most)]
-        return np.concatenate(parts)
+        return np.concatenate([self.once(x[at : at + self._most]) for at in range(0, len(x), self._most)])
 
 
-def _masked(bundle: Bundle, state: Mapping[str, Floats], engine: str, threads: int) -> Candidate:
-    """Returns the masked model, whole, as `engine` runs it."""
-    weights = sum(value.nbytes for value in state.values())
-    if engine == "onnx":
-        model = _MaskedOnnx(bundle, state, threads)
-        return Candidate(model.logits, model.once, model.bytes + weights)
-    opened = open_engine(engine, bundle, threads=threads)
-    programs = bundle.manifest.engines[engine].files.values()
-    return Candidate(
-        logits=lambda x: opened.predict(state, x),
-        once=lambda x: opened.predict(state, x),
-        bytes=sum(bundle.manifest.files[file].bytes for file in programs) + weights,
-    )
+def _masked(bundle: Bundle, state: Mapping[str, Floats], threads: int) -> Candidate:
+    """Returns the masked model, whole: by ExecuTorch if the bundle has its program, else by onnxruntime."""
+    engines = bundle.manifest.engines
+    tensors = [np.ascontiguousarray(state[tensor.name]) for tensor in bundle.manifest.state]
+    weights = sum(tensor.nbytes for tensor in tensors)
+    if "executorch" in engines:
+        evaluate = bundle.read(engines["executorch"].files["evaluate"])
+        program = Program(evaluate, threads, tensors)
+        return Candidate(program.logits, program.once, len(evaluate) + weights)
+    from device_runtime.engines.onnx import logits, options, session, supply_state
 
+    graph = bundle.read(engines["onnx"].files["masked"])
+    chosen = options(threads, spinning=False)
+    held = supply_state(chosen, state)
+    model = session(graph, chosen)
 
-class _MaskedOnnx:
-    """The bundle's masked graph, where the engine's own `predict` runs the compact one."""
+    def once(x: Floats) -> tuple[object, object]:
+        return model.run(["logits"], {"x": x}), held  # held as long as this function: the session reads it
 
-    def __init__(self, bundle: Bundle, state: Mapping[str, Floats], threads: int) -> None:
-        from device_runtime.engines.onnx import logits, options, session, supply_state
-
-        graph = bundle.read(bundle.manifest.engines["onnx"].files["masked"])
-        self.bytes = len(graph)
-        chosen = options(threads, spinning=False)
-        self._held = supply_state(chosen, state)  # as long as the session, which reads it
-        self._session, self._logits = session(graph, chosen), logits
-
-    def logits(self, x: Floats) -> Floats:
-        return self._logits(self._session, x)
-
-    def once(self, x: Floats) -> object:
-        return self._session.run(["logits"], {"x": x})
+    return Candidate(lambda x: logits(model, x), once, len(graph) + weights)
