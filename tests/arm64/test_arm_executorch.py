@@ -46,9 +46,11 @@ def desktop(desktop: Machine) -> Machine:
 def service(bundle: Path) -> Iterator[str]:
     """The URL of a program service on this machine."""
     command = [sys.executable, *SPAFL, "programs", str(bundle), "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["url"]
+        line = process.stdout.readline()
+        assert line, "the service did not start"
+        yield json.loads(line)["url"]
         process.terminate()
 
 
