@@ -7,7 +7,7 @@ two correct trainings part after some ten steps.
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -144,20 +144,10 @@ def _checks(
         eager.load_state_dict(
             {name: torch.from_numpy(value.copy()) for name, value in expected.items()}, strict=False
         )
+        yield from _programs(eager, manifest, files, density, draw, examples)
         yield _threshold_gradients(eager, host, manifest, density, _batch(manifest, 16, draw, examples))
-        momenta = zero_momenta(eager)
-        steps = []
-        for size in BATCHES:
-            for _ in range(DRAWS):
-                before = copy.deepcopy((eager, momenta))
-                check = check_step(
-                    eager, momenta, host, manifest, density, _batch(manifest, size, draw, examples)
-                )
-                if check.difference <= check.tolerance:
-                    break
-                eager, momenta = before
-            steps.append(check)
-        yield max(steps, key=lambda check: check.difference / check.tolerance)
+        eager, momenta, check = _steps(eager, host, manifest, density, draw, examples)
+        yield check
         trained = _state(eager, manifest)
         host.synchronise(trained, _arrays(momenta))
         host.state = {
@@ -177,6 +167,59 @@ def _checks(
             ROUND_TOLERANCE,
         )
         yield from _inference(eager, manifest, files, trained, density, draw, examples)
+
+
+def _programs(
+    eager: nn.Module,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    density: float,
+    draw: np.random.Generator,
+    examples: tuple[Floats, NDArray[np.int64]] | None,
+) -> Iterator[Check]:
+    """Yields the checks of the ExecuTorch programs, if the bundle has some; eager stays as it is."""
+    if "executorch" not in manifest.engines:
+        return
+    from export.executorch_host import ProgramHost
+
+    # its steps take whole tensors, whatever those of onnx take
+    whole = tuple(tensor.model_copy(update={"rows": False}) for tensor in manifest.state)
+    manifest = manifest.model_copy(update={"state": whole})
+    host = ProgramHost(manifest, files)
+    batch = _batch(manifest, 16, draw, examples)
+    check = _threshold_gradients(eager, host, manifest, density, batch)
+    yield replace(check, check="gradients, executorch")
+    trained, _, check = _steps(copy.deepcopy(eager), host, manifest, density, draw, examples)
+    yield replace(check, check="ten steps, executorch")
+    x, _ = _batch(manifest, 33, draw, examples)
+    with torch.no_grad():
+        expected = {"logits": trained.eval()(torch.from_numpy(x)).numpy()}
+    got = {"logits": host.predict(_state(trained, manifest), x)}
+    yield _compared("inference, executorch", density, got, expected, INFERENCE_TOLERANCE)
+
+
+def _steps(
+    eager: nn.Module,
+    host: Host,
+    manifest: Manifest,
+    density: float,
+    draw: np.random.Generator,
+    examples: tuple[Floats, NDArray[np.int64]] | None,
+) -> tuple[nn.Module, Momenta, Check]:
+    """Returns eager and its momenta after the steps of BATCHES, and the check of the worst of them."""
+    momenta = zero_momenta(eager)
+    steps = []
+    for size in BATCHES:
+        for _ in range(DRAWS):
+            before = copy.deepcopy((eager, momenta))
+            check = check_step(
+                eager, momenta, host, manifest, density, _batch(manifest, size, draw, examples)
+            )
+            if check.difference <= check.tolerance:
+                break
+            eager, momenta = before
+        steps.append(check)
+    return eager, momenta, max(steps, key=lambda check: check.difference / check.tolerance)
 
 
 def _threshold_gradients(
