@@ -1,6 +1,7 @@
 """Trains with ExecuTorch: `train_step.pte` through the shim, without PyTorch, or the official runtime where that is all."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,7 @@ class ExecutorchEngine(DenseEngine):
                 f"expected x (n, {', '.join(map(str, shape))}) and y (n,), got {x.shape} and {y.shape}"
             )
         scalars = hyperparameters.scalars()
-        arrays = [x, y, *(np.array(scalars[name], np.float32) for name in SCALARS)]
+        arrays: list[NDArray[Any]] = [x, y, *(np.array(scalars[name], np.float32) for name in SCALARS)]
         places = [state[name] for name in self._names]
         self._state = None  # half written over if the program fails
         loss, correct, *_ = self._step_program.run(METHOD, [*arrays, *places], [None, None, *places])
