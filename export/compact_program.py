@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from export.build import _compaction
 from export.compact import CompactModel
 from export.decompositions import LoweringError
+from export.executorch_programs import RELEASE
 from export.folding import Folding
+from export.lowering import quiet, root_cause
 from export.training import state_tensors
 from spafl.bundle import check_state
 from spafl.errors import SettingsError
@@ -43,7 +45,6 @@ from spafl.program import (
 from spafl.proof import PROOF, Candidate, Proof, prove
 from trainer.sparsify import layout_of
 
-RELEASE = "1.5.1"
 INSTALL = (
     f"pip install --no-deps executorch=={RELEASE} ruamel.yaml flatbuffers tabulate 'torchao>=0.18,<0.19'"
 )
@@ -57,7 +58,7 @@ DRAWS = 5
 """Random weights to look for in a program. The four bytes of a single weight may stand in it by chance."""
 
 
-def require_executorch() -> None:
+def require_xnnpack() -> None:
     """Returns nothing if programs can be made here.
 
     Raises:
@@ -307,7 +308,7 @@ class _Runtime:
             try:
                 self._module = portable_lib._load_for_executorch_from_buffer(program)
             except RuntimeError as error:
-                raise LoweringError(f"ExecuTorch cannot load what it made: {_first_line(error)}") from error
+                raise LoweringError(f"ExecuTorch cannot load what it made: {root_cause(error)}") from error
         self._program = program  # held: the runtime reads it and keeps no reference
 
     def __call__(self, *arrays: Floats) -> list[Floats]:
@@ -315,7 +316,7 @@ class _Runtime:
         try:
             outputs = self._module.run_method(METHOD, tuple(torch.tensor(array) for array in arrays))
         except RuntimeError as error:
-            raise LoweringError(f"ExecuTorch cannot run what it made: {_first_line(error)}") from error
+            raise LoweringError(f"ExecuTorch cannot run what it made: {root_cause(error)}") from error
         return [output.numpy().copy() for output in outputs]
 
     def logits(self, x: Floats) -> Floats:
@@ -348,7 +349,7 @@ def _lower_model(module: nn.Module, shape: tuple[int, ...]) -> bytes:
 
 def _lower(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -> bytes:
     """Returns the .pte program of `module`: by XNNPACK where its batch is `dynamic`, by portable kernels else."""
-    require_executorch()
+    require_xnnpack()
     with _quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge, to_edge_transform_and_lower
@@ -361,26 +362,17 @@ def _lower(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any = None) -
                 edge = to_edge(program)
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # its passes raise what they happen to raise
-            raise LoweringError(f"ExecuTorch cannot compile the model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise LoweringError(f"ExecuTorch cannot compile the model: {root_cause(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what PyTorch and ExecuTorch say of their own insides, and leaves logging as it was."""
     root = logging.getLogger()
-    handlers, names = root.handlers[:], ("torch", "torchao", "executorch", "root")
-    levels = {name: logging.getLogger(name).level for name in names}
+    handlers = root.handlers[:]
     try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with quiet("torch", "torchao", "executorch", "root"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
         root.handlers[:] = handlers  # importing the partitioner sets up logging for everybody

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from export.compact import BatchNorms, CompactModel, _replace_forward
 from export.decompositions import LoweringError
+from export.lowering import root_cause
 from export.training import distinct_sizes, model_values
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
@@ -105,7 +106,7 @@ def _traced(
             strict=False,
         )
     except (torch._dynamo.exc.UserError, NotImplementedError, RuntimeError) as error:
-        raise LoweringError(f"the model cannot be traced: {str(error).splitlines()[0][:300]}") from error
+        raise LoweringError(f"the model cannot be traced: {root_cause(error)}") from error
 
 
 class _Inference(nn.Module):

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from safetensors import SafetensorError
 from torch import nn
 
-from export.compact_program import proof_path, require_executorch, source_manifest, write_program
+from export.compact_program import proof_path, require_xnnpack, source_manifest, write_program
 from export.source import bundle_model
 from spafl.bundle import Bundle
 from spafl.errors import SettingsError
@@ -55,7 +55,7 @@ def programs(
 
     Runs until it is interrupted. No weight of a device arrives here: programs leave with holes where weights belong.
     """
-    require_executorch()
+    require_xnnpack()
     secret = _token(token, token_file)
     if secret is None and not _is_loopback(host):
         raise SettingsError(
@@ -110,7 +110,7 @@ def write(
         BundleError: the state is of another model.
         LoweringError: no program can be made, or it is not equal; nothing is written then.
     """
-    require_executorch()
+    require_xnnpack()
     if examples is None:
         raise SettingsError("the proof compares with the masked model on real examples: give --data")
     manifest = source_manifest(model, spec, labels)
