@@ -76,9 +76,11 @@ def _run(python: Path, what: str, folder: Path) -> None:
     Raises:
         LoweringError: it failed; the message holds the runtime's words.
     """
-    done = subprocess.run(
-        [python, "-I", _WORKER, what, folder], capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
+    command: list[str | Path] = [python, "-I", _WORKER, what, folder]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LoweringError(f"{_CANNOT}: it took more than {_SECONDS} s. {_ADVICE}") from error
     if done.returncode < 0:
         raise LoweringError(f"{_CANNOT}: its process crashed ({-done.returncode}). {_ADVICE}")
     if done.returncode:

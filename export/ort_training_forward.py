@@ -53,8 +53,12 @@ def forward_model(
     lowered = lower(forward, inputs, outputs, {"x": {0: "batch"}})
     _convolve_averages(lowered)
     graph = lowered.graph
+    # its gradient needs the second output
     cross_entropy = helper.make_node(
-        "SoftmaxCrossEntropyLoss", ["logits", "y"], ["loss"], ignore_index=IGNORED_LABEL
+        "SoftmaxCrossEntropyLoss",
+        ["logits", "y"],
+        ["loss", "log.probabilities"],
+        ignore_index=IGNORED_LABEL,
     )
     graph.node.extend(
         [

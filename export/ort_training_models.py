@@ -46,7 +46,7 @@ def training_model(gradient: onnx.ModelProto, tensors: tuple[StateTensor, ...]) 
     graph = gradient.graph
     drop_stops(graph)
     found = {declared.name: declared for declared in (*graph.input, *graph.output)}
-    update = _Update(tensors, {tensor.name for tensor in tensors if tensor.name + _GRADIENT in found})
+    update = _Update(tensors, [tensor.name for tensor in tensors if tensor.name + _GRADIENT in found])
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     shapes |= {MOMENTUM + tensor.name: tensor.shape for tensor in tensors if tensor.trained}
     names = parameter_names(tensors)
@@ -73,7 +73,7 @@ class _Update:
     differentiated  names of the tensors that have a gradient; others keep only their momentum
     """
 
-    def __init__(self, tensors: tuple[StateTensor, ...], differentiated: set[str]) -> None:
+    def __init__(self, tensors: tuple[StateTensor, ...], differentiated: list[str]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants = [
             numpy_helper.from_array(np.array(CLIP_EPSILON, np.float32), "clip.epsilon"),
@@ -81,7 +81,7 @@ class _Update:
         ]
         squares = [
             self._add("ReduceSumSquare", [name + _GRADIENT], f"square.{name}", keepdims=0)
-            for name in sorted(differentiated)
+            for name in differentiated
         ]
         norm = self._add("Sqrt", [self._add("Sum", squares, "norm.square")], "norm")
         above = self._add("Add", [norm, "clip.epsilon"], "norm.above")
