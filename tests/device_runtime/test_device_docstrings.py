@@ -8,7 +8,10 @@ import device_runtime
 from tests.spafl.test_docstrings import functions
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(device_runtime.__path__, "device_runtime."))
-COMMANDS = {"enrol", "run", "train", "status", "compact", "predict"}
+COMMANDS = {
+    "device_runtime.command": {"enrol", "run", "train", "status", "compact", "predict"},
+    "device_runtime.engine_command": {"engines", "build_executorch", "install_ort_training"},
+}
 """Their docstrings are help texts."""
 
 
@@ -17,5 +20,5 @@ def test_the_first_line_says_what_is_returned(module: str) -> None:
     assert importlib.import_module(module).__doc__
     for name, function in functions(module):
         first = (inspect.getdoc(function) or "").partition("\n")[0]
-        spoken = module == "device_runtime.command" and name in COMMANDS
+        spoken = name in COMMANDS.get(module, ())
         assert spoken or first.startswith(("Returns ", "Yields ")), f"{module}.{name}: {first!r}"
