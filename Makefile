@@ -22,6 +22,17 @@ venv: .venv/installed ## create .venv with everything: runtime, PyTorch, test to
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
+.PHONY: engines
+engines: .venv/engines ## ExecuTorch, with the small library it runs through, and ONNX Runtime Training in a venv of its own
+
+# without their dependencies: ExecuTorch names many that neither its export nor a device needs
+.venv/engines: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps "executorch==1.5.1" "torchao>=0.18,<0.19" \
+	  ruamel.yaml flatbuffers tabulate
+	$(BIN)/spafl device build-executorch
+	$(BIN)/spafl device install-ort-training
+	@touch $@
+
 .PHONY: demo
 demo: venv ## server, 8 devices, 15 rounds, compact models and a report, on this machine
 	$(BIN)/spafl demo
@@ -34,7 +45,8 @@ check: venv ## lint, format, types, and the walls between the rooms
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: check ## check, then every test
+test: check ## check, then every test; those of engines that cannot be installed here are skipped
+	@$(MAKE) --no-print-directory engines || echo "some engine cannot be installed here: its tests will be skipped"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: test-arm64
@@ -43,8 +55,8 @@ test-arm64: venv ## the device on ARM64, emulated, against x86-64; on Debian or 
 	SPAFL_ARM64=.arm64 OMP_NUM_THREADS=1 $(BIN)/pytest tests/arm64 -n $(WORKERS) --dist loadfile -o timeout=600
 
 .PHONY: bench
-bench: venv ## every benchmark; fails if one misses its bars
-	@failed=0; for name in train_step inference wire; do \
+bench: engines ## every benchmark; fails if one misses its bars
+	@failed=0; for name in train_step inference wire engines parity; do \
 	  $(BIN)/python benchmarks/$$name.py --check || failed=1; \
 	done; exit $$failed
 
