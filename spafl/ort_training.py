@@ -51,16 +51,15 @@ def find_python() -> Path:
     """
     named = os.environ.get(VARIABLE)
     python = Path(named) if named else python_of(environment())
+    needs = f"engine ort_training needs ONNX Runtime Training {RELEASE}"
+    advice = f"unset {VARIABLE} and {_ADVICE}" if named else _ADVICE
     if not python.is_file():
-        where = f"{VARIABLE}={named} is no file" if named else "it is not installed"
         raise SettingsError(
-            f"engine ort_training needs ONNX Runtime Training {RELEASE}, and {where}: {_ADVICE}"
+            f"{needs}, and {f'{python} is no file' if named else 'it is not installed'}: {advice}"
         )
     found = installed(python)
     if found != RELEASE:
-        raise SettingsError(
-            f"engine ort_training needs ONNX Runtime Training {RELEASE}; {python} has {found or 'none'}: {_ADVICE}"
-        )
+        raise SettingsError(f"{needs}; {python} has {found or 'none'}: {advice}")
     return python
 
 

@@ -45,18 +45,18 @@ def install(folder: Path | None = None, python: Path | None = None) -> Path:
             f"ONNX Runtime Training {RELEASE} has no wheels for Python {sys.version_info[0]}.{sys.version_info[1]}: "
             f"run {INSTALL} --python with one of {LAST_PYTHON[0]}.{LAST_PYTHON[1]} or older"
         )
-    _run([python or sys.executable, "-m", "venv", "--clear", "--without-pip", folder])
+    _run([str(python or sys.executable), "-m", "venv", "--clear", "--without-pip", str(folder)])
     # without its dependencies, h5py and sympy among them: what runs there uses none but numpy
     requirements = [f"{PACKAGES[0]}=={RELEASE}", NUMPY]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
-    _run([sys.executable, "-m", "pip", "--python", made, "install", *options, *requirements])
+    _run([sys.executable, "-m", "pip", "--python", str(made), "install", *options, *requirements])
     installed.cache_clear()
     if installed(made) != RELEASE:
         raise EngineError(f"{made} has no ONNX Runtime Training after all: remove {folder} and try again")
     return made
 
 
-def _run(command: list[str | Path]) -> None:
+def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -18,7 +18,14 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from device_runtime.engines import EngineError, open_engine, ort_training, ort_training_worker, require_engine
+from device_runtime.engines import (
+    EngineError,
+    open_engine,
+    ort_training,
+    ort_training_environment,
+    ort_training_worker,
+    require_engine,
+)
 from device_runtime.engines.ort_training import OrtTrainingEngine
 from device_runtime.engines.ort_training_worker import FRAME, MAX_BODY, MAX_HEADER, read_frame, write_frame
 from device_runtime.examples import Examples, LocalData
@@ -33,7 +40,7 @@ from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import InputSpec, Manifest, TrainStep
-from spafl.ort_training import VARIABLE
+from spafl.ort_training import RELEASE, VARIABLE, python_of
 from spafl.step import ACTIVE, MOMENTUM
 from tests.device_runtime.conftest import Events
 from tests.device_runtime.small_model import small_model
@@ -265,16 +272,41 @@ def test_a_missing_runtime_is_one_line_before_any_work(
         require_engine("ort_training")
     assert "\n" not in str(told.value)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "python"))
-    with pytest.raises(EngineError, match=f"{VARIABLE}=.* is no file"):
+    with pytest.raises(EngineError, match=f"python is no file: unset {VARIABLE} and run"):
         require_engine("ort_training")
+
+
+def fake_python(folder: Path, script: str) -> Path:
+    python = python_of(folder)
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_an_installed_runtime_is_not_installed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ort_training_environment, "_run", lambda command: pytest.fail(f"ran {command}"))
+    python = fake_python(tmp_path / "there", f"echo {RELEASE}")
+    assert ort_training_environment.install(tmp_path / "there") == python
+    with pytest.raises(pytest.fail.Exception, match="venv"):
+        ort_training_environment.install(tmp_path / "elsewhere")
+
+
+def test_what_keeps_it_from_being_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"cannot install ONNX Runtime Training: .*/no/python"):
+        ort_training_environment.install(tmp_path / "e", Path("/no/python"))
+    broken = fake_python(tmp_path / "broken", "echo one >&2; echo ERROR: no such thing >&2; exit 1")
+    with pytest.raises(EngineError, match=r"cannot install ONNX Runtime Training: ERROR: no such thing$"):
+        ort_training_environment.install(tmp_path / "e", broken)
+    monkeypatch.setattr(ort_training_environment, "LAST_PYTHON", (3, 9))
+    with pytest.raises(EngineError, match=r"has no wheels for Python 3\.\d+: .* --python with one of 3\.9"):
+        ort_training_environment.install(tmp_path / "e")
 
 
 def test_a_process_that_ends_at_once_is_an_error_with_its_words(
     small_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho something is amiss >&2\nexit 3\n")
-    python.chmod(0o755)
+    python = fake_python(tmp_path, "echo something is amiss >&2; exit 3")
     monkeypatch.setattr(ort_training, "require_python", lambda: python)
     entry = {"ort_training": small_bundle.manifest.engines["onnx"].model_copy(update={"files": {}})}
     bundle = Bundle(small_bundle.path, small_bundle.manifest.model_copy(update={"engines": entry}))
