@@ -138,7 +138,7 @@ def program(
     ]
     dynamic = [name in batched for name in inputs]
     try:
-        with warnings.catch_warnings(), quiet("torch", "executorch", "root"):
+        with warnings.catch_warnings(), quiet("torch", "torch.__trace", "executorch", "root"):
             warnings.simplefilter("ignore")  # the exporters warn of their own internals
             traced = _trace(function, examples, dynamic)
             tidy_up(traced, in_place)
