@@ -1,4 +1,4 @@
-"""Trains with ExecuTorch: `train_step.pte` through the shim, without PyTorch, or the official runtime where that is all."""
+"""Trains with ExecuTorch: `train_step.pte` through the shim, without PyTorch; else through the official runtime."""
 
 from collections.abc import Mapping
 from typing import Any
