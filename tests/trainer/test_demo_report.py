@@ -128,10 +128,27 @@ def test_the_page_stands_alone(results: Results, trail: Trail, tmp_path: Path) -
     assert {path.name for path in tmp_path.glob("*.png")} == {"rounds.png", "thresholds.png", "filters.png"}
 
 
+def printed(results: Results) -> str:
+    file = io.StringIO()
+    Console(width=80, file=file).print(summary(results))
+    return file.getvalue()
+
+
+def test_a_mixed_fleet_shows_its_engines_and_fits_too(results: Results) -> None:
+    assert "engine" not in printed(results)
+    engines = ("onnx", "ort_training")
+    devices = tuple(
+        device.model_copy(update={"engine": engine})
+        for device, engine in zip(results.devices, engines, strict=True)
+    )
+    text = printed(results.model_copy(update={"devices": devices}))
+    assert "engine" in text
+    assert "ort_training" in text
+    assert "…" not in text
+
+
 def test_the_tables_fit_eighty_columns(results: Results) -> None:
-    console = Console(width=80, file=io.StringIO())
-    console.print(summary(results))
-    text = console.file.getvalue()
+    text = printed(results)
     assert "…" not in text
     assert "1000 → 250" in text
     assert "2,000 times less than FedAvg" in text
