@@ -65,14 +65,8 @@ def test_a_device_gets_its_compact_program(
     draw = np.random.default_rng(0)
     np.savez(tmp_path / "d.npz", x=draw.integers(0, 256, (40, 8, 8), np.uint8), y=draw.integers(0, 3, 40))
     common = ("--state", "s", "--data", "d.npz")
-    device(
-        tmp_path,
-        "train",
-        "--bundle",
-        small_bundle_file,
-        *common,
-        *["--rounds", "2", "--epochs", "1", "--coeff", "0.5"],
-    )
+    rounds = ("--rounds", 2, "--epochs", 1, "--batch-size", 8, "--coeff", 0.4)
+    device(tmp_path, "train", "--bundle", small_bundle_file, *common, *rounds)
     ask = ("compact", *common, "--programs", service, "--json")
     device(tmp_path, "build-executorch")
     assert "401 unauthorized" in device(tmp_path, *ask, refused=True)

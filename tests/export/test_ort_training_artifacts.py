@@ -47,11 +47,6 @@ class Dense(nn.Module):
         return F.relu(x)
 
 
-class Detaching(Dense):
-    def middle(self, x: Tensor) -> Tensor:
-        return F.relu(x) * (1 / (1 + x.square().mean(1, keepdim=True))).detach()
-
-
 class Hiding(Dense):
     """Stops a gradient in a way that leaves no trace in a graph."""
 
@@ -67,7 +62,7 @@ class Cumulative(Dense):
 
 
 class Attention(nn.Module):
-    """One block of a vision transformer: patches, a token for the label, attention, a residual."""
+    """One block of a vision transformer: patches, a token for the label, attention, a residual; and a detach."""
 
     shape = (1, 8, 8)
 
@@ -83,7 +78,7 @@ class Attention(nn.Module):
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
         y = self.norm(x)
         x = x + F.softmax(self.query(y) @ y.transpose(1, 2), 2) @ F.gelu(self.value(y))
-        return self.head(x[:, 0])
+        return self.head(x[:, 0] / (1 + x.square().mean((1, 2))[:, None]).detach())
 
 
 def sparse(model: type[nn.Module]) -> nn.Module:
@@ -278,9 +273,8 @@ def test_another_release_is_no_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @needs_ort_training
-@pytest.mark.parametrize("model", [Detaching, Attention])
-def test_artifacts_train_as_pytorch_does(model: type[nn.Module]) -> None:
-    files, entry = artifacts(sparse(model))  # a difference raises
+def test_artifacts_train_as_pytorch_does() -> None:
+    files, entry = artifacts(sparse(Attention))  # a difference raises
     assert set(entry.files) == {"training_model", "eval_model", "optimizer_model", "checkpoint"}
     assert set(entry.files.values()) == set(files)
     assert entry.requires == {"onnxruntime-training": "1.19.2"}
