@@ -173,16 +173,6 @@ def test_what_is_built_is_built_once(
 
 
 @installed
-def test_a_folder_replaces_the_wheel(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.FOLDER_VARIABLE, str(folder))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    require_engine("executorch")
-    monkeypatch.setenv(library.FOLDER_VARIABLE, str(cache))
-    with pytest.raises(EngineError, match=f"{library.FOLDER_VARIABLE}=.* holds no .*: make it with"):
-        require_engine("executorch")
-
-
-@installed
 def test_a_library_built_for_another_runtime_is_refused(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
