@@ -53,7 +53,7 @@ test: check ## check, then every test; those of engines that cannot be installed
 test-arm64: venv ## the device on ARM64, emulated, against x86-64; on Debian or Ubuntu, without root
 	@$(MAKE) --no-print-directory engines || echo "some engine cannot be installed here: its tests will be skipped"
 	$(BIN)/python -m tests.arm64.sysroot .arm64
-	SPAFL_ARM64=.arm64 OMP_NUM_THREADS=1 $(BIN)/pytest tests/arm64 -n $(WORKERS) --dist loadfile -o timeout=600
+	SPAFL_ARM64=.arm64 OMP_NUM_THREADS=1 $(BIN)/pytest tests/arm64 -n $(WORKERS) --dist loadfile -o timeout=900
 
 .PHONY: bench
 bench: engines ## every benchmark; fails if one misses its bars
