@@ -26,6 +26,7 @@ from typing import Annotated
 
 import typer
 
+from device_runtime.engines.executorch_library import RELEASE as EXECUTORCH
 from spafl.errors import SpaflError
 
 CHECKOUT = Path(__file__).parents[2]
@@ -108,10 +109,10 @@ def require_host() -> None:
 
 
 def requirements() -> tuple[list[str], list[str]]:
-    """Returns what pyproject.toml says the device needs, and what the executorch engine."""
+    """Returns what the device needs as pyproject.toml has it, and what the executorch engine."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["device"]], extras["executorch"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["device"]]
+    return wanted, [f"executorch=={EXECUTORCH}"]
 
 
 def provide(folder: Path, inputs: object, make: Callable[[Path], None]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from device_runtime.engines.executorch_library import RELEASE
 from tests.arm64 import sysroot
 from tests.arm64.sysroot import SysrootError, provide, requirements, run
 
@@ -52,7 +53,7 @@ def test_the_device_gets_what_pyproject_says() -> None:
     names = {entry.partition(">")[0] for entry in wanted}
     assert {"numpy", "safetensors", "onnxruntime", "httpx2", "typer"} <= names
     assert not {"torch", "executorch"} & names
-    assert executorch == ["executorch==1.5.1"]
+    assert executorch == [f"executorch=={RELEASE}"]
 
 
 def test_a_part_is_kept_until_what_it_is_made_of_changes(tmp_path: Path) -> None:
