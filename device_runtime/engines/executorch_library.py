@@ -127,13 +127,22 @@ def find() -> tuple[Path, Path]:
     return path, package / "lib"
 
 
+_loaded: dict[str, Path] = {}
+
+
 @functools.cache
 def load(path: Path, libraries: Path) -> ctypes.CDLL:
     """Returns the shim at `path`, loaded with ExecuTorch's libraries in `libraries`; once per process.
 
     Raises:
-        EngineError: it was built for others, or cannot be loaded.
+        EngineError: it was built for others, cannot be loaded, or the process runs the libraries of another folder.
     """
+    # a second copy registers its kernels in the first one's table, which aborts the process
+    held = _loaded.setdefault(RUNTIME, libraries)
+    if held != libraries:
+        raise EngineError(
+            f"this process runs the ExecuTorch in {held} already; the one in {libraries} needs a process of its own"
+        )
     try:
         # by path and in order: the shim and the libraries name each other without saying where they are
         for name in LIBRARIES:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -98,13 +97,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, as a device without the wheel gets it; the tests of this file use it."""
-    out = tmp_path_factory.mktemp("executorch")
-    library.build(library.wheel(), out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(library.FOLDER_VARIABLE, str(out))
-        yield out
+def _built() -> None:
+    library.build(library.wheel())
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +159,7 @@ def test_rounds_go_on_with_the_other_engine(case: Case) -> None:
         assert_close(state, results[0][1])
 
 
-def test_training_never_loads_torch(small: Case, folder: Path) -> None:
+def test_training_never_loads_torch(small: Case) -> None:
     script = """
 import json, sys
 import numpy as np
@@ -185,7 +179,6 @@ print(json.dumps({"losses": losses, "logits": list(logits.shape), "loaded": load
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script, str(small.bundle.path)],
-        env={**os.environ, library.FOLDER_VARIABLE: str(folder)},
         capture_output=True,
         text=True,
         check=False,

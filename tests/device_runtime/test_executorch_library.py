@@ -147,6 +147,20 @@ def test_the_key_of_the_cache_is_what_was_built_for(
     assert len(set(paths)) == 4
 
 
+@pytest.fixture
+def runnable() -> Path:
+    """The libraries every test of this process runs; the shim is built for them if nobody did."""
+    package = library.wheel()
+    library.build(package)
+    return package / "lib"
+
+
+def in_another_process(script: str, *args: Path) -> subprocess.CompletedProcess[str]:
+    """What `script` prints that loads another copy of ExecuTorch: what was loaded once stays loaded."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library and all it needs, as a device without the wheel gets them."""
@@ -178,34 +192,60 @@ def test_a_library_built_for_another_runtime_is_refused(folder: Path, tmp_path: 
     shutil.copytree(folder, other)
     with (other / library.RUNTIME).open("ab") as runtime:
         runtime.write(b"another build of the same release")
-    # in a process of its own: what was loaded once stays loaded
-    script = (
+    done = in_another_process(
         "import sys; from pathlib import Path; from device_runtime.engines import executorch_library as library\n"
-        "path = Path(sys.argv[1]); library.load(path / library.SHIM, path)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(other)], capture_output=True, text=True, check=False, timeout=60
+        "path = Path(sys.argv[1]); library.load(path / library.SHIM, path)",
+        other,
     )
     assert "EngineError" in done.stderr
     assert "was built for executorch 1.5.1 (" in done.stderr
 
 
+REPLACED = """
+import importlib.util, os, sys
+importlib.util.find_spec = lambda name: None
+from device_runtime.engines import EngineError, executorch_library, require_engine
+require_engine("executorch")
+print("runs from the folder")
+os.environ[executorch_library.FOLDER_VARIABLE] = sys.argv[1]
+try:
+    require_engine("executorch")
+except EngineError as error:
+    print(error)
+"""
+
+
 @installed
-def test_what_is_no_library_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_replaces_the_wheel(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.FOLDER_VARIABLE, str(folder))
+    done = in_another_process(REPLACED, tmp_path)
+    runs, told = done.stdout.splitlines()
+    assert runs == "runs from the folder"
+    assert told.startswith(f"{library.FOLDER_VARIABLE}={tmp_path} holds no {library.SHIM}: make it with")
+
+
+@installed
+def test_two_copies_in_one_process_are_refused_before_they_abort_it(folder: Path) -> None:
+    done = in_another_process(
+        "import sys; from pathlib import Path; from device_runtime.engines import executorch_library as library\n"
+        "path = Path(sys.argv[1]); library.load(path / library.SHIM, path); library.load(*library.find())",
+        folder,
+    )
+    assert done.returncode == 1
+    assert f"EngineError: this process runs the ExecuTorch in {folder} already" in done.stderr
+
+
+@installed
+def test_what_is_no_library_is_refused(runnable: Path, tmp_path: Path) -> None:
     (tmp_path / library.SHIM).write_bytes(b"not a library")
     with pytest.raises(EngineError, match="cannot load the ExecuTorch library"):
-        library.load(tmp_path / library.SHIM, folder)
+        library.load(tmp_path / library.SHIM, runnable)
 
 
 @installed
-def test_a_backend_nobody_brings_is_named(folder: Path) -> None:
+def test_a_backend_nobody_brings_is_named(runnable: Path) -> None:
     with pytest.raises(EngineError, match="needs the ExecuTorch backend QnnBackend"):
-        library.load_backend("QnnBackend", folder)
-
-
-@pytest.fixture
-def runnable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.FOLDER_VARIABLE, str(folder))
+        library.load_backend("QnnBackend", runnable)
 
 
 @installed
@@ -290,6 +330,6 @@ def test_a_program_outlives_its_bytes(program: bytes) -> None:
 
 
 @installed
-def test_threads_are_those_asked_for(folder: Path) -> None:
-    shim = library.load(folder / library.SHIM, folder)
+def test_threads_are_those_asked_for(runnable: Path) -> None:
+    shim = library.load(library.find()[0], runnable)
     assert [shim.spafl_use_threads(threads) for threads in (2, 1)] == [2, 1]
