@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.flow import ChannelFlows, Flow, Reader, constants
-from trainer.masked import Masked
+from trainer.masked import Masked, MaskedLinear
 from trainer.norm import GatedBatchNorm, normalise
 
 BatchNorms = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -99,9 +99,11 @@ class CompactModel:
         return y
 
     def _train_reader(self, flow: Flow, reader: Reader, x: Tensor) -> Tensor:
-        layer = self.flows.modules[reader.name]
+        layer, active = self.flows.modules[reader.name], self.active[flow.layer]
+        if isinstance(layer, MaskedLinear):
+            return layer.mapped(x, select_columns(layer.weight, active, reader.columns))
         weight, bias = _weight_and_bias(layer)
-        return _apply(layer, x, select_columns(weight, self.active[flow.layer], reader.columns), bias)
+        return _apply(layer, x, select_columns(weight, active, reader.columns), bias)
 
     def _infer(self, name: str, x: Tensor) -> Tensor:
         layer = self.flows.modules[name]

@@ -51,6 +51,7 @@ def decompositions() -> dict[Any, Any]:
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.threshold_backward.default] = threshold_backward
     table[aten.native_batch_norm_backward.default] = batch_norm_backward
+    table[aten.max_pool2d_with_indices_backward.default] = max_pool2d_backward
     return table
 
 
@@ -213,6 +214,43 @@ def avg_pool2d_backward(
     return spread.reshape(x.shape)
 
 
+def max_pool2d_backward(
+    grad: Tensor,  # (N, C, H', W')
+    x: Tensor,  # (N, C, H, W)
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Any:
+    """Returns the gradient of a max pool: the first largest value under the kernel takes it all, as in torch.
+
+    Of windows that lie side by side and leave nothing out; NotImplemented of others. Pixels are gathered from
+    (C, pixels, N), as for a weight's gradient.
+    """
+    kernel, size = (
+        _pair(kernel_size),
+        [int(side) for side in x.shape[2:]],
+    )  # never symbolic: only the batch is
+    stride = _pair(stride) if len(stride) else kernel
+    if stride != kernel or any(padding) or any(n % k for n, k in zip(size, kernel, strict=True)):
+        return NotImplemented
+    places = torch.arange(size[0] * size[1]).reshape(size[0] // kernel[0], kernel[0], -1, kernel[1])
+    taps = places.permute(1, 3, 0, 2).flatten(0, 1).flatten(1)  # (kh * kw, H' * W'): what each output sees
+    # written as the forward pass has it, so that a runtime merges the two
+    pooled = aten.max_pool2d_with_indices.default(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
+    pixels, largest, left = (each.permute(1, 2, 3, 0).flatten(1, 2) for each in (x, pooled, grad))
+    columns = []
+    for tap in taps[:-1]:
+        # as numbers: Where takes three times as long as a product
+        taken = left * (pixels.index_select(1, tap) == largest).to(left.dtype)
+        columns.append(taken)
+        left = left - taken
+    spread = _gather(torch.cat([*columns, left], 1), taps.flatten().argsort())
+    return spread.reshape(spread.shape[0], *size, -1).permute(3, 0, 1, 2)
+
+
 class Rewritten(TorchFunctionMode):
     """Functions written as others while tracing, with the same result."""
 
@@ -266,15 +304,7 @@ def _max_pool_backward(
     ceil_mode: bool,
     indices: Any,
 ) -> Any:
-    """The gradient of 2x2 pools by strided slices, 2.0 ms where MaxUnpool takes 3.4; of others by scattering.
-
-    The first maximum of a window takes the whole gradient, as in torch.
-    """
-    kernel, height, width = _pair(kernel_size), self.shape[2], self.shape[3]
-    stride = _pair(stride) if len(stride) else kernel
-    even = isinstance(height, int) and isinstance(width, int) and height % 2 == 0 and width % 2 == 0
-    if kernel == stride == [2, 2] and not any(padding) and even:
-        return _max_pool_2x2_backward(grad_output, self, height, width)
+    """The gradient of pools whose windows overlap, or leave something out: added up where the maxima stood."""
     # ONNX counts positions over the whole tensor, so they address the flattened input
     flat: Any = op.Constant(value_ints=[-1])
     zeros = op.ConstantOfShape(op.Reshape(op.Size(self), flat))
@@ -282,26 +312,6 @@ def _max_pool_backward(
         zeros, op.Reshape(indices, flat), op.Reshape(grad_output, flat), axis=0, reduction="add"
     )
     return op.Reshape(scattered, op.Shape(self))
-
-
-def _max_pool_2x2_backward(grad: Any, x: Any, height: int, width: int) -> Any:
-    def ints(*values: int) -> Any:
-        return op.Constant(value_ints=list(values))
-
-    pooled = _max_pool(x, [2, 2])[0]  # written as the forward pass has it, so that a runtime merges the two
-    left, corners = grad, []
-    for row, column in ((0, 0), (0, 1), (1, 0)):
-        corner = op.Slice(x, ints(row, column), ints(height, width), ints(2, 3), ints(2, 2))
-        # as numbers: Where takes three times as long as a product
-        taken = op.Mul(left, op.CastLike(op.Equal(corner, pooled), left))
-        corners.append(taken)
-        left = op.Sub(left, taken)
-    corners.append(left)
-    wide = [op.Unsqueeze(corner, ints(4)) for corner in corners]
-    shape = ints(0, 0, 0, 1, width)
-    top = op.Reshape(op.Concat(wide[0], wide[1], axis=4), shape)
-    bottom = op.Reshape(op.Concat(wide[2], wide[3], axis=4), shape)
-    return op.Reshape(op.Concat(top, bottom, axis=3), ints(0, 0, height, width))
 
 
 def _sign(self: Any) -> Any:
@@ -313,7 +323,24 @@ def _sign(self: Any) -> Any:
     )
 
 
+def _index_select(self: Any, dim: int, index: Any) -> Any:
+    return op.Gather(self, index, axis=dim)
+
+
+def _vector_norm(
+    self: Any, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: int = -1
+) -> Any:
+    if order != 2:
+        raise LoweringError(f"a norm of order {order} cannot be exported yet: use order 2")
+    if dim is None:
+        return op.ReduceL2(self, keepdims=int(keepdim))
+    axes: Any = op.Constant(value_ints=list(dim))
+    return op.ReduceL2(self, axes, keepdims=int(keepdim))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Any] = {
+    aten.index_select.default: _index_select,
+    aten.linalg_vector_norm.default: _vector_norm,
     aten.sign.default: _sign,
     aten.sgn.default: _sign,
     aten.max_pool2d_with_indices.default: _max_pool,

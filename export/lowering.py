@@ -60,6 +60,7 @@ def lower(
                 *inputs.values()
             )
             drop_no_ops(traced)
+            infer_sizes(traced.graph)
             _gather_columns_back(traced, list(inputs))
             dynamic = [
                 dict.fromkeys(symbols.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs
@@ -123,8 +124,43 @@ def drop_no_ops(traced: fx.GraphModule) -> None:
             node.target = aten.reshape.default  # exporting refuses views of what transposes left behind
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise LoweringError(f"{node.target} writes in place, which has no graph: replace that operation")
+        elif node.target is aten.sub.Tensor and node.args[0] is node.args[1] and not node.kwargs:
+            _drop_zero(node)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _drop_zero(zero: fx.Node) -> None:
+    """Takes `zero`, a number less itself, out of sums and products: what a straight-through gradient leaves behind."""
+    for user in list(zero.users):
+        if (
+            user not in zero.users
+            or user.kwargs
+            or len(user.args) != 2
+            or user.target not in (aten.add.Tensor, aten.mul.Tensor)
+        ):
+            continue
+        other = user.args[0] if user.args[1] is zero else user.args[1]
+        if not isinstance(other, fx.Node) or other.meta["val"].shape != zero.meta["val"].shape:
+            continue
+        product = user.target is aten.mul.Tensor
+        user.replace_all_uses_with(zero if product else other)
+        zero.graph.erase_node(user)
+        if product:
+            _drop_zero(zero)
+
+
+def infer_sizes(graph: fx.Graph) -> None:
+    """Writes one symbolic size of every new shape as -1, a computed one first: it needs no arithmetic then."""
+    for node in graph.nodes:
+        if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+            continue
+        shape = list(node.args[1])
+        symbolic = [axis for axis, size in enumerate(shape) if isinstance(size, fx.Node)]
+        computed = [axis for axis in symbolic if shape[axis].target is not aten.sym_size.int]
+        if symbolic and -1 not in shape:
+            shape[(computed or symbolic)[-1]] = -1
+        node.target, node.args = aten.reshape.default, (node.args[0], shape)
 
 
 def _broadcasts(expanded: fx.Node, user: fx.Node) -> bool:

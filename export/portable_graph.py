@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from export.lowering import infer_sizes
+
 aten = torch.ops.aten
 
 TRANSPOSING = 160
@@ -28,7 +30,7 @@ def tidy_up(traced: fx.GraphModule, in_place: Sequence[tuple[int, int]] = ()) ->
     _cancel(traced.graph)
     _turn_products(traced.graph)
     _cancel(traced.graph)
-    _infer_sizes(traced.graph)
+    infer_sizes(traced.graph)
     _merge_constants(traced)
     _write_last(traced.graph, in_place)
     traced.graph.eliminate_dead_code()
@@ -169,18 +171,6 @@ def _size(node: fx.Node) -> int:
     for axis in _value(node).shape:
         size *= axis if isinstance(axis, int) else axis.node.hint
     return size
-
-
-def _infer_sizes(graph: fx.Graph) -> None:
-    """Writes the one symbolic size of a shape as -1: it needs no arithmetic then."""
-    for node in graph.nodes:
-        if node.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
-            continue
-        shape = list(node.args[1])
-        symbolic = [axis for axis, size in enumerate(shape) if isinstance(size, fx.Node)]
-        if len(symbolic) == 1 and -1 not in shape:
-            shape[symbolic[0]] = -1
-        node.target, node.args = aten.reshape.default, (node.args[0], shape)
 
 
 def _merge_constants(traced: fx.GraphModule) -> None:

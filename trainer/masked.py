@@ -12,8 +12,10 @@ from torch import Tensor, nn
 StraightThrough: TypeAlias = Literal["identity", "cifar-release"]
 
 
-def straight_through(distance: Tensor, ste: StraightThrough) -> Tensor:
+def straight_through(distance: Tensor, ste: StraightThrough, gate: bool = False) -> Tensor:
     """Returns 1.0 where `distance` = score - tau (out,) is above 0, else 0.0, with the surrogate's gradient.
+
+    gate: the gradient is 0 where the mask is.
 
     identity       d mask / d distance = 1: the paper, and the published FMNIST code
     cifar-release  d mask / d distance = 1[|distance| > 1]: the published CIFAR code, in which the task hardly ever
@@ -26,6 +28,8 @@ def straight_through(distance: Tensor, ste: StraightThrough) -> Tensor:
     soft = distance - distance.detach()
     if ste == "cifar-release":
         soft = soft * (distance.detach().abs() > 1).to(distance.dtype)
+    if gate:
+        soft = soft * hard.detach()
     return hard.detach() + soft
 
 
@@ -55,14 +59,13 @@ class _Masked(nn.Module):
         distance = self.distance().detach()
         return (distance > 0).to(distance.dtype)
 
+    def mask(self) -> Tensor:
+        """Returns the mask (out,), 0.0 or 1.0, differentiable in W and the thresholds; gated, only where it is 1."""
+        return straight_through(self.distance(), self.ste, self.gate)
+
     def masked_weight(self) -> Tensor:
         """Returns W * mask, of W's shape, differentiable in W and the thresholds."""
-        mask = straight_through(self.distance(), self.ste)
-        if self.gate:
-            mask = (
-                mask * mask.detach()
-            )  # on the weight it costs nothing; on the output, a pass over it each way
-        return self.weight * mask.view(-1, *[1] * (self.weight.dim() - 1))
+        return self.weight * self.mask().view(-1, *[1] * (self.weight.dim() - 1))
 
     def masked_bias(self) -> Tensor | None:
         """Returns the bias (out,), 0 where the layer's gate is shut; None without one."""
@@ -114,7 +117,17 @@ class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in)
         """Returns the linear map with the masked weight, (..., out)."""
-        return F.linear(x, self.masked_weight(), self.masked_bias())
+        return self.mapped(x, self.weight)
+
+    def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Returns the linear map of x (..., k) with `weight` (out, k), W or some of its columns, masked by W's mask."""
+        if x.dim() > 2:
+            return F.linear(x, weight * self.mask()[:, None], self.masked_bias())
+        # a row of the weight is a column of the output, which a batch makes smaller: no pass over the weight for the
+        # mask, nor for its gradient
+        y = F.linear(x, weight) * self.mask()
+        bias = self.masked_bias()
+        return y if bias is None else y + bias
 
 
 Masked: TypeAlias = MaskedConv2d | MaskedLinear
