@@ -13,14 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.compact import CompactModel
-from export.decompositions import LoweringError, Rewritten
-from export.lowering import FlatModule, drop_no_ops, quiet, root_cause
+from export.decompositions import LoweringError
+from export.lowering import FlatModule, quiet, root_cause, trace
 from export.portable import portable_decompositions
 from export.portable_graph import tidy_up
 from export.training import flat_step
@@ -140,33 +136,14 @@ def program(
     try:
         with warnings.catch_warnings(), quiet("torch", "torch.__trace", "executorch", "root"):
             warnings.simplefilter("ignore")  # the exporters warn of their own internals
-            traced = _trace(function, examples, dynamic)
+            symbolic = [(0,) if each else () for each in dynamic]
+            traced = trace(function, examples, symbolic, portable_decompositions())
             tidy_up(traced, in_place)
             return _lower(traced, examples, dynamic)
     except LoweringError:
         raise
     except Exception as error:  # torch's and ExecuTorch's own share no base class
         raise LoweringError(f"the model has no ExecuTorch program: {root_cause(error)}") from error
-
-
-def _trace(
-    function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], dynamic: Sequence[bool]
-) -> fx.GraphModule:
-    """Returns the graph of `function`, backward pass and all; only the batch is symbolic."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [
-        mode.from_tensor(value, symbolic_context=_sizes(value, batch))
-        for value, batch in zip(examples, dynamic, strict=True)
-    ]
-    with sdpa_kernel(SDPBackend.MATH), Rewritten():
-        traced = make_fx(function, decomposition_table=portable_decompositions())(*fakes)
-    drop_no_ops(traced)
-    return traced
-
-
-def _sizes(value: Tensor, batch: bool) -> StatelessSymbolicContext[Any, Any]:
-    fixed = [DimDynamic.STATIC] * value.dim()
-    return StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, *fixed[1:]] if batch else fixed)
 
 
 def _lower(

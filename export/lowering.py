@@ -6,14 +6,16 @@ of those that ONNX has no good form for.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.decompositions import TRANSLATIONS, LoweringError, Rewritten, decompositions
@@ -51,15 +53,11 @@ def lower(
     try:
         with (
             warnings.catch_warnings(),
-            sdpa_kernel(SDPBackend.MATH),
-            Rewritten(),
             quiet("torch.onnx", "torch.__trace", "onnx_ir", "onnxscript"),
         ):
             warnings.simplefilter("ignore")  # the tracer warns of its own internals
-            traced = make_fx(function, decomposition_table=decompositions(), tracing_mode="symbolic")(
-                *inputs.values()
-            )
-            drop_no_ops(traced)
+            axes = [symbols.get(name, {}) for name in inputs]
+            traced = trace(function, list(inputs.values()), axes, decompositions())
             infer_sizes(traced.graph)
             _gather_columns_back(traced, list(inputs))
             dynamic = [
@@ -88,6 +86,31 @@ def lower(
     if exported is None:
         raise LoweringError("the exporter returned nothing")
     return tidy(exported.model_proto, symbols)
+
+
+def trace(
+    function: Callable[..., tuple[Tensor, ...]],
+    examples: Sequence[Tensor],
+    symbolic: Sequence[Collection[int]],
+    decompositions: Mapping[Any, Any],
+) -> fx.GraphModule:
+    """Returns the graph of `function`, backward pass and all; of each example only the `symbolic` axes vary."""
+    # the others fixed from the start: to reason about them would take most of the time
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [
+        mode.from_tensor(value, symbolic_context=_sizes(value, axes))
+        for value, axes in zip(examples, symbolic, strict=True)
+    ]
+    with sdpa_kernel(SDPBackend.MATH), Rewritten():
+        traced = make_fx(function, dict(decompositions), tracing_mode="symbolic")(*fakes)
+    drop_no_ops(traced)
+    return traced
+
+
+def _sizes(value: Tensor, axes: Collection[int]) -> StatelessSymbolicContext[Any, Any]:
+    return StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(value.dim())]
+    )
 
 
 def root_cause(error: BaseException) -> str:

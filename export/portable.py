@@ -31,6 +31,14 @@ def portable_decompositions() -> dict[Any, Any]:
     table[aten.avg_pool2d.default] = avg_pool2d
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.native_batch_norm.default] = batch_norm
+    table[aten._native_batch_norm_legit.no_stats] = lambda x, weight, bias, training, momentum, eps: (
+        batch_norm(x, weight, bias, None, None, training, momentum, eps)
+    )
+    table[aten._native_batch_norm_legit_no_training.default] = (
+        lambda x, weight, bias, mean, var, momentum, eps: batch_norm(
+            x, weight, bias, mean, var, False, momentum, eps
+        )
+    )
     table[aten.native_batch_norm_backward.default] = batch_norm_backward
     table[aten.linalg_vector_norm.default] = vector_norm
     table[aten.threshold_backward.default] = threshold_backward

@@ -14,6 +14,8 @@ from export import executorch_programs as programs
 from export import parity, portable
 from export.compact import CompactModel
 from export.decompositions import LoweringError
+from export.lowering import trace
+from export.portable import portable_decompositions
 from export.portable_graph import tidy_up
 from export.training import state_tensors
 from spafl import algorithm
@@ -183,7 +185,7 @@ def head() -> Callable[..., list[np.ndarray]]:
 
 
 def traced(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> torch.fx.GraphModule:
-    return programs._trace(function, inputs, [False] * len(inputs))
+    return trace(function, inputs, [()] * len(inputs), portable_decompositions())
 
 
 def test_state_is_written_over_when_nobody_reads_it_any_more() -> None:
