@@ -1,6 +1,6 @@
 """A model that trains in milliseconds and has what is hard: a norm, a pooled convolution, a masked linear layer.
 
-python -m tests.device_runtime.small_model OUT
+python -m tests.device_runtime.small_model OUT [ENGINE ...]
 """
 
 import sys
@@ -30,5 +30,11 @@ def small_model() -> nn.Module:
 if __name__ == "__main__":
     spec = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
     export_bundle(
-        sparsify(small_model()), sys.argv[1], name="small", input=spec, labels=("a", "b", "c"), parity=False
+        sparsify(small_model()),
+        sys.argv[1],
+        name="small",
+        input=spec,
+        labels=("a", "b", "c"),
+        engines=tuple(sys.argv[2:]),
+        parity=False,
     )

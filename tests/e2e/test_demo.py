@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from device_runtime.engines import ENGINES, EngineError, require_engine
 from trainer.demo.results import Results
 
 SPAFL = Path(sys.executable).with_name("spafl")
@@ -33,15 +35,29 @@ def demo(out: Path, *options: str) -> list[str]:
     return [str(SPAFL), "demo", *small, "--out", str(out), *options]
 
 
-@pytest.mark.timeout(240)
+def engines() -> list[str]:
+    """Those that can run here."""
+    found = []
+    for name in ENGINES:
+        with suppress(EngineError):
+            require_engine(name)
+            found.append(name)
+    return found
+
+
+@pytest.mark.timeout(400)
 def test_a_small_demo_from_examples_to_report(tmp_path: Path) -> None:
-    done = subprocess.run(demo(tmp_path / "out", "--json"), capture_output=True, text=True, timeout=200)
+    """Each device trains with an engine of its own, as far as they can run here."""
+    fleet = [option for name in engines() for option in ("--engine", name)]
+    command = demo(tmp_path / "out", "--json", *fleet)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stderr
     results = Results.model_validate(json.loads(done.stdout))
     assert results == Results.model_validate_json((tmp_path / "out/results.json").read_bytes())
     assert [entry.round for entry in results.rounds] == [1, 2]
     assert sum(device.rounds for device in results.devices) == results.participations == 4
     assert all(device.proof.equal and device.steps > 0 for device in results.devices)
+    assert {device.engine for device in results.devices} == set(engines())
     # 570 thresholds up four times, each about 140 bytes more than its values; down less often: version 0 comes with
     # the bundle
     thresholds = results.wire["thresholds"]

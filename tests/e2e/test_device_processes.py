@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from device_runtime.engines import ENGINES, EngineError, require_engine
 from device_runtime.state import read_journal, snapshot
 from tests.e2e.test_operator import SPAFL, Serving
 
@@ -30,7 +32,7 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving
 class Device:
     """A device process on a folder; started again it is the same device."""
 
-    def __init__(self, folder: Path, number: int, serving: Serving) -> None:
+    def __init__(self, folder: Path, number: int, serving: Serving, *options: str) -> None:
         self.state, self.log = folder / f"device{number}", folder / f"device{number}.log"
         generator = np.random.default_rng(number)
         y = generator.integers(0, 3, 50)
@@ -40,7 +42,7 @@ class Device:
         self.command = [
             *SPAFL,
             *("device", "run", "--run", "r", "--server", serving.url, "--state", str(self.state)),
-            *("--data", str(folder / f"data{number}.npz"), "--checkpoint-steps", "1", "--json"),
+            *("--data", str(folder / f"data{number}.npz"), "--checkpoint-steps", "1", "--json", *options),
         ]
         self.environment = {**os.environ, "SPAFL_ENROLMENT_KEY": serving.key}
         self.start()
@@ -126,6 +128,44 @@ def test_sigterm_while_training_saves_and_exits_0(
     assert journal is not None
     assert journal.progress is not None
     assert journal.progress.steps == max(e["steps"] for e in device.events() if e["event"] == "checkpoint")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("other", [name for name in ENGINES if name != "onnx"])
+def test_a_device_killed_in_a_round_goes_on_with_another_engine(
+    other: str, serving: Serving, tmp_path: Path
+) -> None:
+    try:
+        require_engine(other)
+    except EngineError as error:
+        pytest.skip(str(error))
+    bundle = tmp_path / "small.zip"
+    subprocess.run([sys.executable, "-m", "tests.device_runtime.small_model", bundle, other], check=True)
+    serving.ok(
+        *("create", "r", "--bundle", str(bundle), "--rounds", "1", "--target", "1"),
+        *("--epochs", "40", "--batch-size", "4", "--start"),
+    )
+    device, steps = Device(tmp_path, 0, serving, "--engine", other), []
+    for engine in ("onnx", other):
+        wait_for(lambda: progressed(device) > max(steps, default=0) + 2)
+        assert device.end(signal.SIGKILL) == -signal.SIGKILL
+        steps.append(progressed(device))
+        device.command[-1] = engine
+        device.start()
+    assert device.process.wait(120) == 0
+    done = [event["steps"] for event in device.events() if event["event"] == "checkpoint"]
+    # each one once, none twice: what was trained with one engine the next did not train again
+    assert done == sorted(set(done))
+    assert 0 < steps[0] < steps[1] < done[-1]
+    journal = read_journal(device.state)
+    assert journal is not None
+    assert (journal.trained, journal.updates) == (1, 1)
+
+
+def progressed(device: Device) -> int:
+    """The steps of the round that the device has on disk."""
+    journal = read_journal(device.state) if device.state.exists() else None
+    return journal.progress.steps if journal is not None and journal.progress is not None else 0
 
 
 def test_a_device_waits_out_a_server_that_is_gone(
