@@ -313,7 +313,8 @@ def test_what_a_program_does_not_take_is_told(program: bytes) -> None:
     ]:
         with pytest.raises(EngineError, match=told):
             opened.run("forward", arrays)
-    with pytest.raises(EngineError, match=r"cannot find backward .*No method named 'backward'"):
+    # followed by the runtime's own words, unless PyTorch's bindings took its log over, as in tests of the export
+    with pytest.raises(EngineError, match=r"cannot find backward \(error 0x12\): "):
         opened.run("backward", [x, weight])
     assert np.array_equal(opened.run("forward", [x, weight])[0], np.full((4, 2), 3, np.float32))
 
