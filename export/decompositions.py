@@ -58,7 +58,7 @@ def decompositions() -> dict[Any, Any]:
 def convolution_backward(
     grad: Tensor,  # (N, O, H', W')
     x: Tensor,  # (N, C, H, W)
-    weight: Tensor,  # (O, C, kh, kw)
+    weight: Tensor,  # (O, C / groups, kh, kw)
     bias_sizes: list[int] | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -71,12 +71,12 @@ def convolution_backward(
     """Returns the gradients of a 2-D convolution by input, weight and bias, each None where not asked for.
 
     Raises:
-        LoweringError: a transposed or grouped convolution.
+        LoweringError: a transposed convolution.
     """
-    if transposed or groups != 1:
+    if transposed:
         raise LoweringError(
-            f"a {'transposed' if transposed else 'grouped'} convolution with weight {tuple(weight.shape)} "
-            "cannot be trained on devices yet: use an ordinary Conv2d"
+            f"a transposed convolution with weight {tuple(weight.shape)} cannot be trained on devices yet: use an "
+            "ordinary Conv2d"
         )
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     kernel = list(weight.shape[2:])
@@ -86,18 +86,24 @@ def convolution_backward(
         reach = [(grad.shape[2 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
         missing = [x.shape[2 + i] + 2 * padding[i] - reach[i] for i in (0, 1)]
         # 2.7 ms where a flipped convolution takes 9.5
-        by_x = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, missing, 1)
+        by_x = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, missing, groups)
     if output_mask[1]:
-        by_weight = _weight_gradient(grad, x, kernel, stride, padding, dilation)
+        by_weight = _weight_gradient(grad, x, kernel, stride, padding, dilation, groups)
     if output_mask[2]:
         by_bias = grad.sum([0, 2, 3])
     return by_x, by_weight, by_bias
 
 
 def _weight_gradient(
-    grad: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
-    """Returns the gradient (O, C, kh, kw): products of the output's gradient with the pixels it was made from.
+    """Returns the gradient (O, C / groups, kh, kw): products of the output's gradient with the pixels it was made from.
 
     Pixels are gathered by index from (C, pixels, N): with the examples innermost every copy is a run of memory.
     """
@@ -110,6 +116,11 @@ def _weight_gradient(
     # what output column w' and kernel column j read, (kw, W'); the same for rows
     across = _reads(kernel[1], columns, stride[1], dilation[1])
     down = _reads(kernel[0], rows, stride[0], dilation[0])
+    if groups != 1:
+        pixels = down[:, None, :, None] * width + across[:, None, :]  # (kh, kw, H', W')
+        patches = _gather(x, pixels).reshape(groups, channels // groups * kernel[0] * kernel[1], -1)
+        product = torch.bmm(grad.reshape(groups, out // groups, -1), patches.transpose(1, 2))
+        return product.reshape(out, channels // groups, *kernel)
     few = isinstance(channels, int) and channels < FEW_CHANNELS
     if few or kernel == [1, 1]:
         pixels = down[:, None, :, None] * width + across[:, None, :]  # (kh, kw, H', W')

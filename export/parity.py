@@ -237,7 +237,8 @@ def _threshold_gradients(
     host.step(*batch, h)
     sgd_step(*before, *_tensors(batch), h)
     expected = {name: before[1][name].numpy() for name in names}
-    if not any(value.any() for value in expected.values()):
+    # pruned to the bone a small model may say nothing any more; with all filters it must
+    if density == max(DENSITIES) and not any(value.any() for value in expected.values()):
         raise ParityError("PyTorch itself gives the thresholds no gradient: is the model's output constant?")
     differences = {}
     for layer in manifest.layout.layers:

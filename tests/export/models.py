@@ -80,7 +80,28 @@ class Residual(nn.Module):
         return self.head(F.max_pool2d(x, 2).flatten(1))
 
 
-MODELS = {"plain": Plain, "normed": Normed, "residual": Residual}
+class Separable(nn.Module):
+    """Depthwise and pointwise convolutions with norms, as MobileNets stack them, and one in two groups."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.norm2 = nn.BatchNorm2d(6)
+        self.pointwise, self.norm3 = nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.paired = nn.Conv2d(8, 10, 3, groups=2)
+        self.head = nn.Linear(10, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.norm1(self.stem(x)))  # 4
+        x = F.relu6(self.norm2(self.depthwise(x)))
+        x = F.relu6(self.norm3(self.pointwise(x)))
+        return self.head(F.relu(self.paired(x)).mean((2, 3)))
+
+
+MODELS = {"plain": Plain, "normed": Normed, "residual": Residual, "separable": Separable}
 
 
 class Graphs(Mapping[str, bytes]):

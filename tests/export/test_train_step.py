@@ -24,6 +24,7 @@ VARIANTS = {
     "norms": {"name": "normed"},
     "norms, as published": {"name": "normed", "gate": False},
     "residual": {"name": "residual"},
+    "separable": {"name": "separable"},
     "cifar release, layer scale": {"name": "plain", "ste": "cifar-release", "scale": "layer"},
 }
 
