@@ -18,6 +18,7 @@ from export.decompositions import (
 )
 from export.host import run, session
 from export.lowering import lower
+from trainer.masked import straight_through
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 """float64: sums of a thousand terms in another order."""
@@ -137,6 +138,7 @@ def test_batch_norm_backward(shape: tuple[int, ...], affine: bool) -> None:
 
 POOLS = {
     "2 x 2": {"kernel_size": 2},
+    "3 x 2": {"kernel_size": (3, 2)},
     "2 x 2 of an odd size": {"kernel_size": 2},
     "overlapping": {"kernel_size": 3, "stride": 2},
     "padded": {"kernel_size": 3, "stride": 2, "padding": 1},
@@ -152,7 +154,7 @@ POOLS = {
 @pytest.mark.parametrize("name", POOLS)
 def test_max_pool_backward_in_onnxruntime(name: str, rectified: bool) -> None:
     options = POOLS[name]
-    shape = (2, 3, 6, 8) if name == "2 x 2" else (2, 3, 7, 9)
+    shape = (2, 3, 6, 8) if name in ("2 x 2", "3 x 2") else (2, 3, 7, 9)
 
     def pooled(x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(x) if rectified else x, **options)  # type: ignore[arg-type]
@@ -177,6 +179,49 @@ def test_max_pool_backward_in_onnxruntime(name: str, rectified: bool) -> None:
         np.testing.assert_allclose(
             run(graph, {"x": x, "weights": weights.numpy()})["gradient"], expected.numpy(), **FLOAT32
         )
+
+
+def test_pools_side_by_side_are_not_scattered() -> None:
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.func.grad(lambda x: F.max_pool2d(x, 2).square().sum())(x),)
+
+    for size, scattered in ((6, False), (7, True)):
+        graph = lower(gradient, {"x": torch.zeros(5, 3, size, size)}, ["gradient"], {"x": {0: "batch"}}).graph
+        assert ("ScatterElements" in {node.op_type for node in graph.node}) is scattered
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_number_less_itself_is_left_out(gate: bool) -> None:
+    """The straight-through mask is hard + (distance - distance): in the graph only its gradient is left."""
+
+    def mask(distance: Tensor) -> tuple[Tensor, ...]:
+        def total(distance: Tensor) -> tuple[Tensor, Tensor]:
+            found = straight_through(distance, "identity", gate)
+            return (found * torch.arange(1.0, 8.0)).sum(), found
+
+        gradient, found = torch.func.grad(total, has_aux=True)(distance)
+        return found, gradient
+
+    distance = torch.tensor([-2.0, -0.5, 0.0, 1e-30, 0.5, 1.0, 2.0])
+    model = lower(mask, {"distance": distance}, ["mask", "gradient"], {})
+    assert not [node for node in model.graph.node if node.op_type == "Sub"]
+    got = run(session(model.SerializeToString()), {"distance": distance.numpy()})
+    for key, expected in zip(("mask", "gradient"), mask(distance), strict=True):
+        np.testing.assert_array_equal(got[key], expected.numpy())
+
+
+def test_norms() -> None:
+    def norms(x: Tensor) -> tuple[Tensor, ...]:
+        one = torch.linalg.vector_norm
+        return one(x), one(x, dim=1), one(x, dim=(0, 2), keepdim=True)
+
+    x = doubles(4, 3, 5).float()
+    model = lower(norms, {"x": x}, ["all", "some", "kept"], {})
+    got = run(session(model.SerializeToString()), {"x": x.numpy()})
+    for value, expected in zip(got.values(), norms(x), strict=True):
+        np.testing.assert_allclose(value, expected.numpy(), **FLOAT32)
+    with pytest.raises(LoweringError, match="a norm of order 1 cannot be exported yet: use order 2"):
+        lower(lambda x: (torch.linalg.vector_norm(x, 1),), {"x": x}, ["norm"], {})
 
 
 def test_a_rectified_tensor_read_twice_keeps_both_readers() -> None:

@@ -105,6 +105,23 @@ def test_the_gate_is_a_product_with_the_output(kind: str, bias: bool) -> None:
     assert (gradients[0][0] == 0).any()
 
 
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_masks_its_output_as_it_would_its_weight(gate: bool, bias: bool) -> None:
+    """Of a batch the output is masked, of sequences the weight: the same numbers, and the same gradients."""
+    torch.manual_seed(1)
+    layer = MaskedLinear(nn.Linear(7, 6, bias=bias).double(), gate=gate)
+    layer.threshold.data = layer.weight.detach().abs().mean(1) + torch.tensor([-1.0, 1.0] * 3).double() / 50
+    x, factor = torch.randn(5, 7).double(), torch.randn(5, 6).double()
+    found = []
+    for shape in ((5, 7), (1, 5, 7)):
+        y = layer(x.reshape(shape)).reshape(5, 6)
+        found.append([y, *torch.autograd.grad((y * factor).sum(), list(layer.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+        assert one.abs().max() > 0
+
+
 def test_a_pruned_channel_is_exactly_0_bias_and_all() -> None:
     layer = masked_conv(padding=1)
     y = layer(torch.randn(2, 3, 5, 5, dtype=torch.float64))
