@@ -43,6 +43,13 @@ class ExecutorchEngine(DenseEngine):
                 f"{RELEASE}: export it again"
             )
 
+    def end_round(self) -> dict[str, Floats]:
+        """Returns the whole state after the round; see `Engine`."""
+        self._step_program = None  # its memory is for predictions now; opening it again takes milliseconds
+        state = super().end_round()
+        self._state = None
+        return state
+
     def predict(self, state: Mapping[str, Floats], x: Floats) -> Floats:
         """Returns logits (n, labels); see `Engine`."""
         # opened for each call: it is done in milliseconds, and its memory is free again afterwards
