@@ -209,6 +209,20 @@ def test_state_written_over_itself_is_the_state_written_elsewhere(small: Case) -
         assert value.tobytes() == after[name].tobytes(), name
 
 
+def test_rounds_follow_each_other(small: Case) -> None:
+    """Between them the step's program and its memory are let go."""
+    engine, again = small.began("executorch"), small.began("executorch")
+    assert isinstance(engine, ExecutorchEngine)
+    for step in (engine.step, again.step):
+        step(*small.batches[0], H)
+    state = engine.end_round()
+    assert engine._step_program is None
+    engine.begin_round(state, small.target, small.target)
+    other = open_engine("executorch", small.bundle)
+    other.begin_round(again.end_round(), small.target, small.target)
+    assert engine.step(*small.batches[1], H) == other.step(*small.batches[1], H)
+
+
 def test_logits_are_those_of_the_masked_model(small: Case) -> None:
     x = np.random.default_rng(1).standard_normal((2 * MAX_BATCH + 7, 1, 8, 8), np.float32)
     engine = open_engine("executorch", small.bundle)
