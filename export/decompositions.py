@@ -116,15 +116,15 @@ def _weight_gradient(
     # what output column w' and kernel column j read, (kw, W'); the same for rows
     across = _reads(kernel[1], columns, stride[1], dilation[1])
     down = _reads(kernel[0], rows, stride[0], dilation[0])
-    if groups != 1:
-        pixels = down[:, None, :, None] * width + across[:, None, :]  # (kh, kw, H', W')
-        patches = _gather(x, pixels).reshape(groups, channels // groups * kernel[0] * kernel[1], -1)
-        product = torch.bmm(grad.reshape(groups, out // groups, -1), patches.transpose(1, 2))
-        return product.reshape(out, channels // groups, *kernel)
     few = isinstance(channels, int) and channels < FEW_CHANNELS
-    if few or kernel == [1, 1]:
+    if groups != 1 or few or kernel == [1, 1]:
         pixels = down[:, None, :, None] * width + across[:, None, :]  # (kh, kw, H', W')
-        patches = _gather(x, pixels).reshape(channels * kernel[0] * kernel[1], -1)
+        patches = _gather(x, pixels)
+        if groups != 1:
+            patches = patches.reshape(groups, channels // groups * kernel[0] * kernel[1], -1)
+            product = torch.bmm(grad.reshape(groups, out // groups, -1), patches.transpose(1, 2))
+            return product.reshape(out, channels // groups, *kernel)
+        patches = patches.reshape(channels * kernel[0] * kernel[1], -1)
         grad = grad.reshape(out, -1)
         # runtimes repack the second factor, in lanes of 16: the gradient, unless one colour makes even fewer columns
         product = torch.matmul(grad, patches.t()) if channels == 1 else torch.matmul(patches, grad.t()).t()
@@ -240,12 +240,11 @@ def max_pool2d_backward(
     Of windows that lie side by side and leave nothing out; NotImplemented of others. Pixels are gathered from
     (C, pixels, N), as for a weight's gradient.
     """
-    kernel, size = (
-        _pair(kernel_size),
-        [int(side) for side in x.shape[2:]],
-    )  # never symbolic: only the batch is
+    # never symbolic: only the batch is
+    kernel, size = _pair(kernel_size), [int(side) for side in x.shape[2:]]
     stride = _pair(stride) if len(stride) else kernel
-    if stride != kernel or any(padding) or any(n % k for n, k in zip(size, kernel, strict=True)):
+    apart = stride == kernel and not any(padding) and all(each == 1 for each in dilation)
+    if not apart or any(n % k for n, k in zip(size, kernel, strict=True)):
         return NotImplemented
     places = torch.arange(size[0] * size[1]).reshape(size[0] // kernel[0], kernel[0], -1, kernel[1])
     taps = places.permute(1, 3, 0, 2).flatten(0, 1).flatten(1)  # (kh * kw, H' * W'): what each output sees

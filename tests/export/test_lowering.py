@@ -145,6 +145,7 @@ POOLS = {
     "2 x 2 padded": {"kernel_size": 2, "padding": 1},
     "rectangular": {"kernel_size": (2, 3), "stride": (1, 2)},
     "dilated": {"kernel_size": 2, "dilation": 2},
+    "dilated, of an even size": {"kernel_size": 2, "dilation": 2, "ceil_mode": True},
     "with partial windows": {"kernel_size": 2, "ceil_mode": True},
     "padded with partial windows": {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
 }
@@ -154,7 +155,7 @@ POOLS = {
 @pytest.mark.parametrize("name", POOLS)
 def test_max_pool_backward_in_onnxruntime(name: str, rectified: bool) -> None:
     options = POOLS[name]
-    shape = (2, 3, 6, 8) if name in ("2 x 2", "3 x 2") else (2, 3, 7, 9)
+    shape = (2, 3, 6, 8) if name in ("2 x 2", "3 x 2", "dilated, of an even size") else (2, 3, 7, 9)
 
     def pooled(x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(x) if rectified else x, **options)  # type: ignore[arg-type]
