@@ -17,6 +17,7 @@ from device_runtime.engines import executorch_program
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.executorch_library import RELEASE
 from device_runtime.errors import BadAnswer
+from spafl.algorithm import Mask, decided, mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.errors import SettingsError, WireError
 from spafl.layout import Floats
@@ -26,12 +27,9 @@ from spafl.program import (
     PROGRAM_MEDIA_TYPE,
     TOKEN_VARIABLE,
     HollowProgram,
-    Mask,
-    decided,
     decode_program,
     encode_mask,
     mask_digest,
-    mask_of,
 )
 from spafl.proof import PROOF, Candidate, Proof, prove
 

@@ -85,7 +85,7 @@ def train_step_program(
     """
     whole = [tensor.model_copy(update={"rows": False}) for tensor in tensors]
     step = flat_step(
-        CompactModel(model, shape, dropped=lambda flow: False).for_training(), tuple(whole), shape
+        CompactModel(model, shape, dropped=lambda group: False, training=True), tuple(whole), shape
     )
     names = list(step.inputs)
     in_place = [

@@ -22,6 +22,7 @@ from spafl.errors import SpaflError
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import Manifest
+from spafl.rows import infer_graph, training_rows
 from trainer.local import Momenta, sgd_step, zero_momenta
 
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
@@ -308,21 +309,18 @@ def _inference(
     eager.eval()
     with torch.no_grad():
         expected = {"logits": eager(torch.from_numpy(x)).numpy()}
-    for role in ("masked", "infer"):
-        got = run(session(files[f"{role}.onnx"], state), {"x": x})
+    small, supplied = infer_graph(files["infer.onnx"], manifest, state)
+    for role, graph, given in (("masked", files["masked.onnx"], state), ("infer", small, supplied)):
+        got = run(session(graph, given), {"x": x})
         name = "compact inference" if role == "infer" else "masked inference"
         yield _compared(name, density, got, expected, INFERENCE_TOLERANCE)
 
 
 def _begun(manifest: Manifest, state: Mapping[str, Floats], collapsed: list[str]) -> Arrays:
     layers = manifest.layout.layers
-    masks = {layer.name: algorithm.mask(layer, state) for layer in layers}
-    rows = {str(tensor.layer) for tensor in manifest.state if tensor.rows}
     expected: Arrays = {"collapsed": np.array([layer.name in collapsed for layer in layers])}
-    for name in rows:
-        index = np.flatnonzero(masks[name])
-        expected[f"active.{name}"] = index if len(index) else np.zeros(1, np.int64)
-    return expected
+    rows = training_rows(manifest, algorithm.mask_of(manifest.layout, state))
+    return expected | {f"active.{name}": index for name, index in rows.items()}
 
 
 def _exact(check: str, density: float, expected: Arrays, got: Arrays) -> Check:

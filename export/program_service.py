@@ -22,13 +22,13 @@ from torch import nn
 from export.compact_program import hollow_program
 from export.decompositions import LoweringError
 from spafl import __version__
+from spafl.algorithm import Mask
 from spafl.bundle import Bundle
 from spafl.errors import WireError
 from spafl.program import (
     MASK_MEDIA_TYPE,
     PROGRAM_MEDIA_TYPE,
     HollowProgram,
-    Mask,
     decode_mask,
     encode_program,
     mask_bytes,

@@ -62,8 +62,9 @@ class StateTensor(_Frozen):
     """A tensor of the state a device keeps.
 
     role    weight and threshold belong to a masked layer; parameter is trained; statistic is updated, not trained
-    layer   the masked layer whose filters its first axis runs over (weights, thresholds, the norm behind them)
-    rows    True where the train step takes and returns only the active rows of it
+    layer   the masked layer whose filters its first axis runs over (weights, thresholds, the norm behind them); with
+            rows, the first of all layers that share these rows
+    rows    True where the train step takes and returns only some rows of it: those in active.<layer>
     """
 
     name: str = Field(min_length=1, max_length=2 * MAX_NAME)
@@ -98,16 +99,24 @@ class Compaction(_Frozen):
 
     out, n_in   filters and weights per filter
     positions   outputs per filter and example: H * W of a convolution's output, 1 of a linear layer on (N, features)
-    reads       the layer whose channels it reads and whose dropped ones it leaves out; None: it reads all there are
-    drops       whether its pruned filters are dropped; `reason` says why, or why not
+    reads       layers of whose channels it reads only those that stay, and how many of a filter's weights each feeds
+    groups      of a convolution: a filter reads the channels of its own group alone
+    drops       whether filters are dropped; `reason` says why, or why not
+    live        which stay if so: those of which, for any of these sets, the filters of all its layers are active
+    blocks      stretches of the filters that keep equally many: heads of attention, groups of a convolution
+    width_at    byte of `infer.onnx` where five hold the number of filters that stay; None: it stands nowhere
     """
 
     layer: str
     out: int = Field(ge=1)
     n_in: int = Field(ge=1)
     positions: int = Field(ge=1)
-    reads: str | None
+    reads: dict[str, int] = {}
+    groups: int = Field(1, ge=1)
     drops: bool
+    live: tuple[tuple[str, ...], ...] = ()
+    blocks: int = Field(1, ge=1)
+    width_at: int | None = Field(None, ge=0)
     reason: str
 
 

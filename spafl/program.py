@@ -12,16 +12,16 @@ with it.
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Self, TypeAlias
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
-from spafl import algorithm
+from spafl.algorithm import Mask
 from spafl.canonical import canonical_json, sha256_hex
 from spafl.errors import WireError
 from spafl.layout import MAX_NAME, Floats, ThresholdLayout
@@ -35,29 +35,6 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 32 << 20
 """Of a program without its weights, LeNet-5's has 18 kB: it grows with the number of layers, not with their size."""
 MAX_MODEL_BYTES = 1 << 30
-
-ACTIVE, PRUNED = np.float32(-1.0), np.float32(1e30)
-"""Thresholds no score comes near: scores are means of absolute values."""
-
-Mask: TypeAlias = Mapping[str, NDArray[np.bool_]]
-"""Which filters (out,) of each masked layer are active, by layer name."""
-
-
-def mask_of(layout: ThresholdLayout, state: Mapping[str, Floats]) -> dict[str, NDArray[np.bool_]]:
-    """Returns which filters of a state are active."""
-    return {layer.name: algorithm.mask(layer, state) for layer in layout.layers}
-
-
-def decided(layout: ThresholdLayout, state: Mapping[str, Floats], mask: Mask) -> dict[str, Floats]:
-    """Returns `state` with thresholds that say `mask` whoever computes the scores, and in whatever order.
-
-    A filter whose score is its threshold to the last bit may be active to one runtime and pruned to another.
-    """
-    thresholds = {
-        layer.threshold: np.where(mask[layer.name], ACTIVE, PRUNED).astype(np.float32)
-        for layer in layout.layers
-    }
-    return {**state, **thresholds}
 
 
 def mask_bytes(layout: ThresholdLayout) -> int:

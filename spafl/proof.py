@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
+from spafl.rows import kept_rows, needed
 
 PROOF = "proof.json"
 MAX_EXAMPLES = 512
@@ -99,12 +100,14 @@ def prove(
     bundle: str | None = None,
     threads: int = 1,
     runs: int = 200,
+    multiple: int = 1,
 ) -> Proof:
     """Returns the comparison of two models; whether they are equal is for the caller to look at.
 
     active     which filters (out,) of each masked layer are
     examples   (n, *shape) float32, n >= 1; at most the first 512 are used
     runs       of each model for its latency, in turns so that both meet the same machine
+    multiple   what the compact model's widths were rounded up to
     """
     examples = examples[:MAX_EXAMPLES]
     got, expected = compact.logits(examples), masked.logits(examples)
@@ -112,7 +115,7 @@ def prove(
     relative = difference / max(largest, 1e-30)
     agreement = _agreement(got, expected, RELATIVE_TOLERANCE * largest)
     latency = _latencies((masked.once, compact.once), examples, runs)
-    kept = kept_filters(manifest.compaction, active)
+    kept = {layer: len(rows) for layer, rows in kept_rows(manifest.compaction, active, multiple).items()}
     return Proof(
         bundle=bundle,
         examples=len(examples),
@@ -127,11 +130,6 @@ def prove(
         threads=threads,
         runtime=runtime,
     )
-
-
-def kept_filters(compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
-    """Returns how many filters each layer that drops keeps: its active ones, at least one."""
-    return {entry.layer: max(1, int(active[entry.layer].sum())) for entry in compaction if entry.drops}
 
 
 def _agreement(got: Floats, expected: Floats, allowed: float) -> float:
@@ -163,8 +161,8 @@ def _layer_proofs(
     proofs = []
     for entry in compaction:
         reason = entry.reason
-        if entry.drops and not active[entry.layer].any():
-            reason = "no filter is active: one is kept, as zeros, because runtimes refuse empty layers"
+        if entry.drops:
+            reason = _why_kept(entry, kept[entry.layer], active) or reason
         proofs.append(
             LayerProof(
                 layer=entry.layer, kept=kept.get(entry.layer, entry.out), total=entry.out, reason=reason
@@ -173,15 +171,36 @@ def _layer_proofs(
     return tuple(proofs)
 
 
+def _why_kept(entry: Compaction, kept: int, active: Mapping[str, NDArray[np.bool_]]) -> str | None:
+    """Returns why more filters are kept than are active, or fewer; None if it is as many."""
+    used = needed(entry, active)
+    count = int(used.sum())
+    own = int(active[entry.layer].sum()) if entry.layer in active else entry.out
+    if count == 0:
+        return "no filter is needed: one is kept, because runtimes refuse empty layers"
+    others = sorted({layer for layers in entry.live for layer in layers} - {entry.layer})
+    reasons = []
+    if count > own:
+        reasons.append(f"{count - own} pruned ones stay: {', '.join(others)} needs their channels")
+    elif count < own:
+        reasons.append(
+            f"{own - count} active ones go too: {', '.join(others)} makes nothing of their channels"
+        )
+    if kept > count and entry.blocks > 1:
+        reasons.append(f"{kept - count} fill up: each of {entry.blocks} blocks keeps equally many")
+    elif kept > count:
+        reasons.append(f"{kept - count} fill up what the width was rounded to")
+    return "; ".join(reasons) or None
+
+
 def _figures(
     compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
 ) -> ModelFigures:
     weights = flops = 0
     outs = {entry.layer: entry.out for entry in compaction}
     for entry in compaction:
-        columns = entry.n_in
-        if entry.reads is not None and entry.reads in kept:
-            columns = columns * kept[entry.reads] // outs[entry.reads]
+        gone = {layer: outs[layer] - kept.get(layer, outs[layer]) for layer in entry.reads}
+        columns = entry.n_in - sum(gone[layer] // entry.groups * each for layer, each in entry.reads.items())
         size = kept.get(entry.layer, entry.out) * columns
         weights += size
         flops += 2 * size * entry.positions  # a multiplication and an addition each

@@ -17,6 +17,7 @@ from device_runtime.errors import BadAnswer, Refused, Unauthorised, Unreachable
 from device_runtime.program import MODEL, compact, fill, predict, service
 from device_runtime.retry import Backoff
 from spafl import algorithm
+from spafl.algorithm import mask_of
 from spafl.bundle import Bundle
 from spafl.errors import BundleError, SettingsError
 from spafl.layout import Floats
@@ -29,7 +30,6 @@ from spafl.program import (
     encode_program,
     hollow,
     mask_digest,
-    mask_of,
 )
 from spafl.proof import PROOF, Candidate, Proof
 from tests.device_runtime.tiny import LAYOUT

@@ -18,9 +18,10 @@ from export.compact_program import (
 )
 from export.decompositions import LoweringError
 from export.program_service import ProgramMaker
+from spafl.algorithm import mask_of
 from spafl.errors import BundleError
 from spafl.layout import Floats
-from spafl.program import decode_program, encode_mask, mask_of
+from spafl.program import decode_program, encode_mask
 from spafl.proof import PROOF, Proof
 from tests.export.programs import NOTHING, Served
 

@@ -13,9 +13,9 @@ from export.decompositions import LoweringError
 from export.folding import Folding
 from export.training import state_tensors
 from spafl import algorithm
+from spafl.algorithm import Mask, decided, mask_of
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
-from spafl.program import Mask, decided, mask_of
 from tests.export.models import MODELS, Plain
 from trainer.sparsify import layout_of, sparsify
 

@@ -16,12 +16,12 @@ from torch import nn
 from export import program_service
 from export.decompositions import LoweringError
 from export.program_service import MAX_WAITING, ProgramMaker, ServiceError, create_app
+from spafl.algorithm import Mask
 from spafl.bundle import Bundle
 from spafl.program import (
     MASK_MEDIA_TYPE,
     PROGRAM_MEDIA_TYPE,
     HollowProgram,
-    Mask,
     decode_program,
     encode_mask,
     encode_program,
