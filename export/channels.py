@@ -56,7 +56,7 @@ class Group:
 
     @property
     def exact(self) -> bool:
-        """Returns whether a pruned channel is 0 wherever it is read and gets no task gradient: training can do without."""
+        """Returns whether training can do without a pruned channel: it is 0 where it is read, and gets no gradient."""
         return not self.refusals and not self.audible
 
     @property

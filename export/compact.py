@@ -121,7 +121,7 @@ class CompactModel:
         if self._selects(name):
             weight, bias, x = self._without_dropped(name, layer, weight, bias, x)
         if name in self._folded:
-            scale, shift = scale_and_shift(self.flows.modules[self._folded[name]])  # type: ignore[arg-type]
+            scale, shift = scale_and_shift(self.flows.modules[self._folded[name]])
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             bias = shift if bias is None else bias * scale + shift
         if name in self.depthwise:
@@ -153,7 +153,7 @@ class CompactModel:
         constant = self._of_dropped(constant, held)
         if getattr(layer, "groups", 1) > 1:
             # (groups, filters, columns, *kernel) on (groups, columns)
-            share = weight.flatten(2).sum(2).unflatten(0, (layer.groups, -1))
+            share = _by_group(weight.flatten(2).sum(2), layer.groups)
             share = (share * constant.view(layer.groups, 1, -1)).sum(2).flatten()
             return kept, share if bias is None else bias + share, x
         share = (weight * constant.view(-1, *[1] * (weight.dim() - 2))).sum(1, keepdim=True)
@@ -174,10 +174,11 @@ class CompactModel:
         each = part.group.width // groups
         # equally many channels stay in each group of the convolution: their places inside their own
         index = self.active[part.group.name].view(groups, -1) - torch.arange(groups).unsqueeze(1) * each
-        grouped = weight.unflatten(0, (groups, -1))
+        grouped = _by_group(weight, groups)
         index = index.view(groups, 1, -1, *[1] * (weight.dim() - 2))
         index = index.expand(-1, grouped.shape[1], -1, *weight.shape[2:])
-        return grouped.gather(2, index).flatten(0, 1)
+        selected: Tensor = grouped.gather(2, index).flatten(0, 1)
+        return selected
 
     def _selected(self, tensor: Tensor, parts: Sequence[Part], axis: int) -> Tensor:
         """Returns the places of channels that stay along an axis that `parts` lie on, 0 or 1."""
@@ -218,6 +219,10 @@ class CompactModel:
         return group.name in self.dropped
 
 
+def _by_group(weight: Tensor, groups: int) -> Tensor:
+    return weight.view(groups, -1, *weight.shape[1:])
+
+
 def _first_axis(group: Group) -> list[str]:
     names = [f"{layer}.{leaf}" for layer in (*group.layers, *group.others) for leaf in ("weight", "bias")]
     leaves = ("weight", "bias", "running_mean", "running_var")
@@ -234,4 +239,4 @@ def apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Returns nothing; `module` computes `forward` from now on, its class and other models of it stay as they are."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -48,10 +49,12 @@ class _Constants:
             scale, shift = scale_and_shift(kind)
             return self.of(node.all_input_nodes[0]) * scale + shift
         if ops.is_one_of(kind, ops.CATS):
-            return torch.cat([self._or_zeros(value, held.axis) for value in node.args[0]])  # type: ignore[union-attr]
+            values: Any = node.args[0]
+            return torch.cat([self._or_zeros(value, held.axis) for value in values])
         if ops.is_one_of(kind, ops.ATTENTION):
             # a mean of one value is this value
-            return self.of(node.kwargs.get("value", node.args[-1] if len(node.args) < 3 else node.args[2]))
+            averaged: Any = node.args[2] if len(node.args) > 2 else node.kwargs["value"]
+            return self.of(averaged)
         if ops.is_one_of(kind, (*ops.ZERO_AT_ZERO, *ops.ELSEWHERE, *ops.ARITHMETIC)):
             return self._applied(node, kind)
         # pools, means and reshapes leave a constant as it is
@@ -78,7 +81,7 @@ class _Constants:
             return getattr(arguments[0], kind)(*arguments[1:], **options)  # type: ignore[no-any-return]
         assert callable(kind)
         in_place = {operator.iadd: operator.add, operator.imul: operator.mul}
-        return in_place.get(kind, kind)(*arguments, **options)  # type: ignore[no-any-return, call-overload]
+        return in_place.get(kind, kind)(*arguments, **options)  # type: ignore[no-any-return]
 
     def _or_zeros(self, value: fx.Node, axis: int) -> Tensor:
         if value in self._flows.channels:

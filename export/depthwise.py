@@ -5,7 +5,7 @@ holds it in five bytes, however small it is, whose place the manifest tells: who
 there (`spafl.rows.write_widths`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def _translated(x: Any, weight: Any, bias: Any, stride: Any, dilation: Any, numb
     return op.Conv(x, weight, bias, strides=list(stride), dilations=list(dilation), group=_FIRST + number)
 
 
-TRANSLATION = {torch.ops.spafl.depthwise.default: _translated}
+TRANSLATION: dict[Callable[..., Any], Any] = {torch.ops.spafl.depthwise.default: _translated}
 
 
 def with_widths(model: bytes, layers: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:

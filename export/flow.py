@@ -10,6 +10,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -177,7 +178,7 @@ class ChannelFlows:
         if read is None:
             # its filters still belong to groups of channels that it reads whole
             self._in_blocks(new, groups)
-        elif groups == layer.in_channels == layer.out_channels:  # type: ignore[union-attr]
+        elif groups == layer.in_channels == layer.out_channels:
             self._follow_depthwise(node, layer, read, new)
         else:
             for group in (read.single, new):
@@ -281,7 +282,7 @@ class ChannelFlows:
     def _attend(self, node: fx.Node) -> None:
         """Follows softmax(q k^T) v: a channel of q and k goes if either is 0, those of v come out again."""
         names = ("query", "key", "value")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         query, key, value = (given[name] for name in names)
         rank = len(shape_of(query))
         self._contract(node, query, key, rank - 1, rank - 1)
@@ -341,7 +342,7 @@ class ChannelFlows:
         self._read(dataclasses.replace(self.channels[one], cut=a.cut and b.cut), node.name)
 
     def _line_up(self, node: fx.Node) -> None:
-        """Follows a concatenation: of channels, their stretches one after the other; of positions, the same channels."""
+        """Follows a concatenation: the channels of each value are a stretch of the result's."""
         values = node.args[0]
         axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         followed = [value for value in node.all_input_nodes if value in self.channels]
@@ -408,9 +409,7 @@ class ChannelFlows:
                 continue
             named = user.args[1:] if user.target == "size" else ()
             for reader in [user] if named else list(user.users):
-                index = (
-                    named[0] if named else reader.args[1] if reader.target is operator.getitem else None
-                )
+                index = named[0] if named else reader.args[1] if reader.target is operator.getitem else None
                 if not isinstance(index, int) or index % rank in (held.axis, held.inner):
                     other = next(iter(reader.users), reader)
                     self._stay([node], f"{_called(other)} depends on the number of channels")

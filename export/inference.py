@@ -33,14 +33,15 @@ def infer_graph(
 
     Inputs    x (batch, *shape) float32
     Outputs   logits (batch, labels)
-    External initialisers: the state tensors under their own names, and `MULTIPLE` (1,) int64 if anything can be left out
+    External initialisers: the state tensors under their own names; `MULTIPLE` (1,) int64 if anything can be left out
     """
     sizes = distinct_sizes(model_values(compact).values(), shape)
     batch = next(sizes)
     inputs: dict[str, Tensor] = {"x": torch.zeros(batch, *shape)}
     symbols = {"x": {0: "batch"}}
-    for name in compact.dropped:
-        inputs[f"{ACTIVE}{name}"] = torch.arange(next(sizes))
+    for name, group in compact.dropped.items():
+        # equally many in each block: a multiple
+        inputs[f"{ACTIVE}{name}"] = torch.arange(next(sizes) * group.blocks)
         symbols[f"{ACTIVE}{name}"] = {0: f"{ROWS}{name}"}
     inputs |= {tensor.name: torch.zeros(tensor.shape) for tensor in tensors}
 

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +84,12 @@ def moves_constants(kind: object, node: fx.Node) -> bool:
 
 def axes_of(node: fx.Node, kind: object, rank: int) -> tuple[int, ...] | None:
     """Returns the axes, counted from 0, that a mean goes over; None where it does not say."""
-    named = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    named: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if isinstance(named, int):
         named = (named,)
     if not isinstance(named, Sequence) or not all(isinstance(axis, int) for axis in named):
         return None
-    return tuple(int(axis) % rank for axis in named)  # type: ignore[call-overload]
+    return tuple(axis % rank for axis in named)
 
 
 def keeps_axes(node: fx.Node) -> bool:
@@ -98,12 +99,12 @@ def keeps_axes(node: fx.Node) -> bool:
 
 def permutation(node: fx.Node, kind: object, rank: int) -> tuple[int, ...] | None:
     """Returns the old axis at each new one, of a transpose or permute; None where it is not written in numbers."""
-    named = list(node.args[1:]) or list(node.kwargs.values())
+    named: list[Any] = list(node.args[1:]) or list(node.kwargs.values())
     if len(named) == 1 and isinstance(named[0], Sequence):
         named = list(named[0])
     if not all(isinstance(axis, int) for axis in named):
         return None
-    axes = [int(axis) % rank for axis in named]  # type: ignore[call-overload]
+    axes = [axis % rank for axis in named]
     if is_one_of(kind, PERMUTES):
         return tuple(axes)
     order = list(range(rank))

@@ -120,7 +120,8 @@ def flat_step(compact: CompactModel, tensors: tuple[StateTensor, ...], shape: tu
     values = model_values(compact)
     sizes = distinct_sizes(values.values(), shape)
     batch = next(sizes)
-    counts = {layer: next(sizes) for layer in compact.dropped}
+    # equally many in each block: a multiple
+    counts = {name: next(sizes) * group.blocks for name, group in compact.dropped.items()}
     inputs: dict[str, Tensor] = {"x": torch.zeros(batch, *shape), "y": torch.zeros(batch, dtype=torch.int64)}
     inputs |= {name: torch.tensor(0.1) for name in SCALARS}
     inputs |= {f"{ACTIVE}{layer}": torch.arange(count) for layer, count in counts.items()}

@@ -22,7 +22,7 @@ from spafl.layout import MAX_AXIS, MAX_NAME, ThresholdLayout
 from spafl.step import ROWS
 
 FORMAT = "spafl-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_BUNDLE_BYTES = 2 << 30
@@ -161,7 +161,7 @@ class Manifest(_Frozen):
     """Everything about a bundle but its bytes. Its id is the SHA-256 of its canonical JSON."""
 
     format: Literal["spafl-bundle"] = "spafl-bundle"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     layout: Layout
     state: tuple[StateTensor, ...]

@@ -87,9 +87,9 @@ def infer_graph(
 
 
 def width_bytes(width: int) -> bytes:
-    """Returns `width` as a protocol buffers varint of five bytes, which any reader takes: seven bits each, lowest first.
+    """Returns `width` as a varint of five bytes (protocol buffers' encoding): seven bits each, the lowest first.
 
-    The usual writer leaves out leading zeros; here the length must not depend on the number.
+    The usual writer leaves out leading zeros, every reader takes them: the length must not depend on the number.
     """
     last = WIDTH_BYTES - 1
     return bytes((width >> 7 * place) & 0x7F | (0x80 if place < last else 0) for place in range(WIDTH_BYTES))

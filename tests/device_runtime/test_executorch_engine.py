@@ -53,11 +53,11 @@ class Case:
         make, shape, labels = MODELS[name]
         torch.manual_seed(0)
         self.model = sparsify(make())
-        training = CompactModel(self.model, shape, dropped=lambda flow: flow.exact)
+        training = CompactModel(self.model, shape, dropped=lambda group: group.exact, training=True)
         tensors, layout = state_tensors(self.model, training), layout_of(self.model)
         graphs = {
-            "begin_round": begin_round_graph(layout, tensors),
-            "train_step": train_step_graph(training.for_training(), tensors, shape),
+            "begin_round": begin_round_graph(layout, tensors, training.dropped),
+            "train_step": train_step_graph(training, tensors, shape),
         }
         files = {f"{role}.onnx": graph.SerializeToString() for role, graph in graphs.items()}
         files["train_step.pte"], _ = train_step_program(self.model, tensors, shape)

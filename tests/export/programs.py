@@ -13,7 +13,6 @@ from starlette.testclient import TestClient
 from torch import Tensor, nn
 
 from device_runtime.client import Client
-from export.flow import ChannelFlows
 from export.program_service import ProgramMaker, create_app
 from spafl import algorithm
 from spafl.bundle import Bundle
@@ -58,7 +57,7 @@ def made(name: str, gate: bool) -> Exported:
                 for tensor in (module.weight, module.bias, module.running_mean):
                     tensor.add_(torch.from_numpy(draw.normal(0, 0.4, tensor.shape).astype(np.float32)))
     layout = layout_of(model)
-    return Exported(model, layout, Graphs(model, layout, model.shape), ChannelFlows(model, model.shape))
+    return Exported(model, layout, Graphs(model, layout, model.shape))
 
 
 class Recording(httpx2.BaseTransport):

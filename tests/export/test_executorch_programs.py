@@ -237,7 +237,9 @@ class Made:
         torch.manual_seed(3)
         shape: tuple[int, ...] = plain.shape  # type: ignore[assignment]
         self.model = sparsify(plain)
-        tensors = state_tensors(self.model, CompactModel(self.model, shape, dropped=lambda flow: flow.exact))
+        tensors = state_tensors(
+            self.model, CompactModel(self.model, shape, dropped=lambda group: group.exact, training=True)
+        )
         layout = layout_of(self.model)
         self.files, self.entry = programs.executorch_programs(self.model, layout, tensors, shape)
         self.manifest = Manifest(

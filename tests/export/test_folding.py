@@ -59,7 +59,7 @@ def masked(model: nn.Module, gate: bool, density: float) -> tuple[nn.Module, tup
         thresholds = layout.split(algorithm.thresholds_at(layout, state, density, draw))
         for name, value in thresholds.items():
             dict(sparse.named_parameters())[name].copy_(torch.from_numpy(value))
-    tensors = state_tensors(sparse, CompactModel(sparse, model.shape, dropped=lambda flow: False))
+    tensors = state_tensors(sparse, CompactModel(sparse, model.shape, dropped=lambda group: False))
     return sparse, tensors, mask_of(layout, state_of(sparse))
 
 

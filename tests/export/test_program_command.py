@@ -89,7 +89,7 @@ def bundle(tmp_path: Path) -> Bundle:
     model = sparsify(Small())
     layout = layout_of(model)
     graphs = Graphs(model, layout, model.shape)
-    made = Exported(model, layout, graphs, graphs._training.flows)
+    made = Exported(model, layout, graphs)
     return bundle_of(made, tmp_path / "bundle", ())
 
 

@@ -54,7 +54,7 @@ def test_another_spelling_of_the_same_manifest_is_refused(manifest: Manifest) ->
     ("change", "text"),
     [
         (lambda d: d.update(format="other"), "format"),
-        (lambda d: d.update(format_version=2), "format_version"),
+        (lambda d: d.update(format_version=1), "format_version"),
         (lambda d: d.update(name="../tiny"), "name"),
         (lambda d: d.update(name=""), "name"),
         (lambda d: d.update(extra=1), "extra"),

@@ -20,9 +20,16 @@ def proof(manifest: Manifest, other: Floats, x: Floats = X) -> Proof:
     """Compares `logits` with themselves plus `other`."""
     compaction = tuple(
         Compaction(
-            layer=layer, out=out, n_in=n_in, positions=positions, reads=reads, drops=True, reason="left out"
+            layer=layer,
+            out=out,
+            n_in=n_in,
+            positions=positions,
+            reads=reads,
+            drops=True,
+            live=((layer,),),
+            reason="left out",
         )
-        for layer, out, n_in, positions, reads in (("conv", 4, 9, 36, None), ("fc", 3, 36, 1, "conv"))
+        for layer, out, n_in, positions, reads in (("conv", 4, 9, 36, {}), ("fc", 3, 36, 1, {"conv": 9}))
     )
     small = Candidate(lambda x: logits(x) + other, logits, 100)
     whole = Candidate(logits, logits, 1000)
@@ -42,7 +49,7 @@ def test_equal_models_are_equal(manifest: Manifest) -> None:
     assert (told.equal, told.max_difference, told.argmax_agreement, told.bundle) == (True, 0.0, 1.0, None)
     assert told.density == {"conv": 0.5, "fc": 0.0}
     assert [(layer.kept, layer.total) for layer in told.layers] == [(2, 4), (1, 3)]
-    assert "one is kept, as zeros" in told.layers[1].reason
+    assert "one is kept, because runtimes" in told.layers[1].reason
     assert (told.masked.weights, told.compact.weights) == (4 * 9 + 3 * 36, 2 * 9 + 1 * 18)
     assert (told.masked.flops, told.compact.flops) == (2 * (36 * 36 + 108), 2 * (18 * 36 + 18))
     assert (told.masked.bytes, told.compact.bytes) == (1000, 100)
