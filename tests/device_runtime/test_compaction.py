@@ -157,7 +157,7 @@ def test_a_layer_without_active_filters_keeps_one_and_says_so(plain: Case, tmp_p
     proof = compact(plain.bundle, plain.state(0.0), tmp_path, plain.x, runs=1)
     layer = proof.layers[1]
     assert (layer.kept, proof.density[layer.layer]) == (1, 0.0)
-    assert "no filter is active: one is kept, as zeros" in layer.reason
+    assert "no filter is needed: one is kept, because runtimes" in layer.reason
 
 
 def test_the_weights_are_the_ones_given(plain: Case, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ BODIES: dict[Precision, str] = {
 
 MANIFEST = (
     '{"compaction":[{"blocks":1,"drops":true,"groups":1,"layer":"conv","live":[["conv"]],"n_in":25,"out":2,"'
-    'positions":4,"reads":{},"reason":"followed by fc","width_at":null}],"engines":{"onnx":{"files":{"infer":"infer.onnx"},"operators":'
+    'positions":4,"reads":{},"reason":"followed by fc","width_at":null}],'
+    '"engines":{"onnx":{"files":{"infer":"infer.onnx"},"operators":'
     '{"infer":{"Conv":1}},"requires":{"ir_version":"8","opset":"18"}}},"files":{"infer.onnx":{"bytes":3,"sha256":'
     '"abababababababababababababababababababababababababababababababab"}},"format":"spafl-bundl'
     'e","format_version":2,"input":{"mean":[0.1307],"shape":[1,6,6],"std":[1]},"labels":["nein"'
