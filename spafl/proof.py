@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
+from spafl.record import Record
 
 PROOF = "proof.json"
 MAX_EXAMPLES = 512
@@ -23,11 +23,8 @@ WARM_UP = 5
 """Runs of each model that are not counted."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LayerProof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerProof(Record):
     """What became of one layer: filters kept of total, and why."""
 
     layer: str
@@ -36,7 +33,8 @@ class LayerProof(_Frozen):
     reason: str
 
 
-class ModelFigures(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFigures(Record):
     """Size and speed of one model: file bytes, weights, FLOPs per example, latency in ms at batch 1."""
 
     bytes: int
@@ -46,7 +44,8 @@ class ModelFigures(_Frozen):
     latency_p95_ms: float
 
 
-class Proof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof(Record):
     """That the compact model computes what the masked one does, on `examples` real inputs.
 
     bundle                its id; None where the model was in none
