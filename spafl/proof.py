@@ -3,6 +3,8 @@
 The same for every runtime and room: two models are run on the same real inputs, and then timed in turns.
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,8 +117,8 @@ def prove(
     return Proof(
         bundle=bundle,
         examples=len(examples),
-        max_difference=difference,
-        relative_difference=relative,
+        max_difference=_finite(difference),
+        relative_difference=_finite(relative),
         argmax_agreement=agreement,
         equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
         density={name: float(rows.mean()) for name, rows in active.items()},
@@ -131,6 +133,11 @@ def prove(
 def kept_filters(compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
     """Returns how many filters each layer that drops keeps: its active ones, at least one."""
     return {entry.layer: max(1, int(active[entry.layer].sum())) for entry in compaction if entry.drops}
+
+
+def _finite(difference: float) -> float:
+    """Returns `difference`, or the largest number where a model left the finite ones: JSON has no NaN."""
+    return difference if math.isfinite(difference) else sys.float_info.max
 
 
 def _agreement(got: Floats, expected: Floats, allowed: float) -> float:

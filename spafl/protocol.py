@@ -36,7 +36,9 @@ BundleId = Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Limits(ge=0, le=1e12)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(
+    frozen=True, kw_only=True
+)  # no slots: pydantic puts the members it does not know beside the fields
 class Problem(Record):
     """An error as RFC 9457 problem+json; `type` ends in a stable word, `detail` says what to do next."""
 

@@ -7,8 +7,7 @@ importing it and building its models takes them 16 MB, and a third of their star
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
-from functools import cache
+from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
 from spafl.reader import Limits, Reader, RecordError, got, reader_of, within
@@ -122,13 +121,22 @@ def _plain(value: Any) -> Any:
     return value.to_json() if hasattr(value, "to_json") else value
 
 
-@cache
-def _readers(kind: Any) -> dict[str, Reader]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: reader_of(hints[field.name]) for field in fields(kind)}
+_READERS: dict[type[Record], dict[str, Reader]] = {}
+"""By record, made when the first one is: annotations are looked at once."""
 
 
-@cache
-def _required(kind: Any) -> list[str]:
-    every = fields(kind)
-    return [field.name for field in every if field.default is MISSING and field.default_factory is MISSING]
+def _readers(kind: type[Record]) -> dict[str, Reader]:
+    if kind not in _READERS:
+        hints = get_type_hints(kind, include_extras=True)
+        _READERS[kind] = {field.name: reader_of(hints[field.name]) for field in _fields(kind)}
+    return _READERS[kind]
+
+
+def _fields(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
+def _required(kind: type[Record]) -> list[str]:
+    return [
+        field.name for field in _fields(kind) if field.default is MISSING and field.default_factory is MISSING
+    ]
