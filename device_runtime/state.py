@@ -250,7 +250,8 @@ def read_rest(path: Path, journal: Journal, bundle: Bundle) -> tuple[dict[str, F
     if bundle.id != journal.bundle:
         raise StateError(f"{path} holds a model of bundle {journal.bundle[:12]}, not {bundle.id[:12]}")
     if journal.state is None:
-        return bundle.initial_state(), bundle.initial_thresholds()
+        initial = bundle.initial_state()
+        return initial, bundle.manifest.layout.join(initial)
     tensors, base = _load(path / journal.state)
     try:
         check_state(bundle.manifest, tensors)
