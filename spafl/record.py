@@ -65,11 +65,11 @@ class Record:
         if not isinstance(value, dict):
             raise RecordError(f"expected an object, got {got(value)}")
         known = _readers(cls)
+        if missing := [name for name in _required(cls) if name not in value]:
+            raise RecordError("missing", (missing[0],))
         unknown = [name for name in value if name not in known]
         if unknown and cls.__pydantic_config__["extra"] == "forbid":
             raise RecordError("unknown field", (str(unknown[0])[:80],))
-        if missing := [name for name in _required(cls) if name not in value]:
-            raise RecordError("missing", (missing[0],))
         return cls(**{name: value[name] for name in known if name in value})
 
     @classmethod

@@ -12,6 +12,10 @@ from spafl.protocol import Policy, RunSettings
 from spafl.record import Record, RecordError
 
 
+def _defaults(kind: type[Record]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+
+
 def _option(kind: type[Record], field: str, help: str, unset: str) -> Any:
     default = _defaults(kind)[field]
     return typer.Option(help=help, show_default=unset if default is None else str(default))
@@ -81,7 +85,3 @@ def settings_of(given: Mapping[str, Any]) -> RunSettings:
 
 def _of(kind: type[Record], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in _defaults(kind) if given.get(name) is not None}
-
-
-def _defaults(kind: type[Record]) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_another_spelling_of_the_same_manifest_is_refused(manifest: Manifest) ->
         (lambda d: d["state"].append(d["state"][0]), "repeat"),
         (lambda d: d["state"][0].update(shape=[]), "conv"),
         (lambda d: d["state"][0].update(shape=[4, 1, 3, 2]), "9 weights per filter"),
-        (lambda d: d["state"][0].update(shape=[4, 1, -3, -3]), "greater than or equal to 1"),
+        (lambda d: d["state"][0].update(shape=[4, 1, -3, -3]), "expected at least 1"),
         (lambda d: d["state"][0].update(shape=[4] * 9), "at most 8"),
         (lambda d: d["state"][1].update(shape=[4, 1]), "conv"),
         (lambda d: d["state"][0].update(role="bias"), "role"),
