@@ -1,8 +1,10 @@
 """How a JSON value is read: annotations made into functions that return the value, or say what is wrong with it."""
 
 import math
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -28,6 +30,10 @@ class RecordError(ValueError):
     def __str__(self) -> str:
         return f"{'.'.join(self.path)}: {self.problem}" if self.path else self.problem
 
+    def under(self, name: object) -> None:
+        """Returns nothing; the path now begins with `name`."""
+        self.path = (str(name)[:80], *self.path)
+
 
 class Limits:
     """What a field allows beyond its type, in pydantic's words; `pattern` must match from end to end."""
@@ -47,6 +53,7 @@ class Limits:
         named = {"ge": ge, "gt": gt, "le": le, "lt": lt, "multiple_of": multiple_of}
         named |= {"min_length": min_length, "max_length": max_length}
         self._limits = {name: limit for name, limit in named.items() if limit is not None}
+        self._checks = [(*_LIMITS[name], limit) for name, limit in self._limits.items()]
         self._pattern = pattern
 
     def __get_pydantic_core_schema__(
@@ -61,37 +68,23 @@ class Limits:
         Raises:
             RecordError: naming the first that it breaks.
         """
-        for name, limit in self._limits.items():
-            words, holds = _LIMITS[name]
+        for holds, words, limit in self._checks:
             if not holds(value, limit):
-                broken = len(value) if name.endswith("length") else value
-                raise RecordError(f"expected {words.format(limit)}, got {broken!r:.40}")
+                broken = len(value) if "length" in words else value
+                raise RecordError(f"expected {words} {limit}, got {broken!r:.40}")
         if self._pattern is not None and not re.fullmatch(self._pattern, value):
             raise RecordError(f"expected text like {self._pattern}, got {value[:80]!r}")
 
 
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "ge": ("at least {}", lambda value, limit: value >= limit),
-    "gt": ("more than {}", lambda value, limit: value > limit),
-    "le": ("at most {}", lambda value, limit: value <= limit),
-    "lt": ("less than {}", lambda value, limit: value < limit),
-    "multiple_of": ("a multiple of {}", lambda value, limit: value % limit == 0),
-    "min_length": ("a length of at least {}", lambda value, limit: len(value) >= limit),
-    "max_length": ("a length of at most {}", lambda value, limit: len(value) <= limit),
+_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+    "multiple_of": (lambda value, limit: value % limit == 0, "a multiple of"),
+    "min_length": (lambda value, limit: len(value) >= limit, "a length of at least"),
+    "max_length": (lambda value, limit: len(value) <= limit, "a length of at most"),
 }
-
-
-def within(name: str, reader: Reader, value: Any) -> Any:
-    """Returns `value` read, `name` being where it stands.
-
-    Raises:
-        RecordError: its path begins with `name`.
-    """
-    try:
-        return reader(value)
-    except RecordError as error:
-        error.path = (f"{name:.80}", *error.path)
-        raise
 
 
 def reader_of(kind: Any) -> Reader:
@@ -199,7 +192,14 @@ def _object(keys: Reader, values: Reader) -> Reader:
     def reader(value: Any) -> dict[Any, Any]:
         if not isinstance(value, dict):
             raise RecordError(f"expected an object, got {got(value)}")
-        return {within(str(key), keys, key): within(str(key), values, item) for key, item in value.items()}
+        made, key = {}, None
+        try:
+            for key, item in value.items():
+                made[keys(key)] = values(item)
+        except RecordError as error:
+            error.under(key)
+            raise
+        return made
 
     return reader
 
@@ -208,7 +208,7 @@ def _list(make: type, every: Reader) -> Reader:
     def reader(value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise RecordError(f"expected a list, got {got(value)}")
-        return make([within(str(index), every, item) for index, item in enumerate(value)])
+        return make(_items(repeat(every, len(value)), value))
 
     return reader
 
@@ -219,10 +219,20 @@ def _tuple(each: list[Reader]) -> Reader:
             raise RecordError(f"expected a list, got {got(value)}")
         if len(value) != len(each):
             raise RecordError(f"expected {len(each)} items, got {len(value)}")
-        pairs = enumerate(zip(each, value, strict=True))
-        return tuple([within(str(index), one, item) for index, (one, item) in pairs])
+        return tuple(_items(each, value))
 
     return reader
+
+
+def _items(readers: Iterable[Reader], values: Sequence[Any]) -> list[Any]:
+    made: list[Any] = []
+    try:
+        for reader, value in zip(readers, values, strict=True):
+            made.append(reader(value))
+    except RecordError as error:
+        error.under(len(made))
+        raise
+    return made
 
 
 def _spoken(kind: Any) -> Reader:

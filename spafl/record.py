@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
-from spafl.reader import Limits, Reader, RecordError, got, reader_of, within
+from spafl.reader import Limits, Reader, RecordError, got, reader_of
 
 __all__ = ["Limits", "Record", "RecordError", "parsed_json"]
 
@@ -36,11 +36,16 @@ class Record:
         return {**handler(source), "strict": False}
 
     def __post_init__(self) -> None:
-        for name, reader in _readers(type(self)).items():
-            given = getattr(self, name)
-            value = within(name, reader, given)
-            if value is not given:
-                object.__setattr__(self, name, value)
+        name = ""
+        try:
+            for name, reader in _readers(type(self)).items():
+                given = getattr(self, name)
+                value = reader(given)
+                if value is not given:
+                    object.__setattr__(self, name, value)
+        except RecordError as error:
+            error.under(name)
+            raise
         try:
             self.check()
         except RecordError:
@@ -114,11 +119,13 @@ def parsed_json(text: bytes | str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value.to_json() if hasattr(value, "to_json") else value
+    return value.to_json()
 
 
 _READERS: dict[type[Record], dict[str, Reader]] = {}
