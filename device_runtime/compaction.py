@@ -66,7 +66,7 @@ def compact(
         )
         if not proof.equal:
             raise EngineError(proof.refusal())
-        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        told.write_text(proof.to_text(indent=2) + "\n")
         told.replace(out / PROOF)
         small.replace(out / MODEL)
     finally:

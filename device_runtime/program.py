@@ -10,7 +10,6 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
-from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.engines import executorch_program
@@ -32,6 +31,7 @@ from spafl.program import (
     mask_digest,
 )
 from spafl.proof import PROOF, Candidate, Proof, prove
+from spafl.secret import Secret
 
 MODEL = "model.pte"
 METHOD = "forward"
@@ -55,7 +55,7 @@ def service(url: str, token_file: Path | None = None) -> Client:
             raise SettingsError(f"cannot read the token from {token_file}: {error}") from error
         if not token:
             raise SettingsError(f"{token_file} holds no token")
-    return Client(url, SecretStr(token) if token else None, timeout=TIMEOUT)
+    return Client(url, Secret(token) if token else None, timeout=TIMEOUT)
 
 
 def ask(client: Client, bundle: Bundle, mask: Mask) -> HollowProgram:
@@ -151,7 +151,7 @@ def compact(
     out.mkdir(parents=True, exist_ok=True)
     part, told = out / f"{MODEL}.part", out / f"{PROOF}.part"
     try:
-        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        told.write_text(proof.to_text(indent=2) + "\n")
         part.write_bytes(model)
         told.replace(out / PROOF)
         part.replace(out / MODEL)

@@ -28,7 +28,7 @@ from spafl import __version__
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.errors import SettingsError
 from spafl.layout import Floats
-from spafl.manifest import Compaction, EngineFiles, InputSpec, Manifest
+from spafl.manifest import Compaction, EngineFiles, FileEntry, InputSpec, Manifest
 from spafl.ort_training import find_python
 from trainer.masked import Masked
 from trainer.sparsify import layout_of
@@ -114,7 +114,7 @@ def export_bundle(
         train_step=step,
         compaction=compaction_of(inferring, widths),
         engines=by_engine,
-        files={file: {"bytes": 0, "sha256": "0" * 64} for file in files},
+        files=dict.fromkeys(files, FileEntry(bytes=0, sha256="0" * 64)),
         producer=_producer(),
     )
     checks: tuple[Check, ...] = ()

@@ -152,7 +152,7 @@ def write_program(
     out.parent.mkdir(parents=True, exist_ok=True)
     proof_part, part = (out.with_name(f"{out.name}{ending}.part") for ending in (f".{PROOF}", ""))
     try:
-        proof_part.write_text(proof.model_dump_json(indent=2) + "\n")
+        proof_part.write_text(proof.to_text(indent=2) + "\n")
         part.write_bytes(small)
         proof_part.replace(proof_path(out))
         part.replace(out)

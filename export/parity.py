@@ -184,8 +184,8 @@ def _programs(
     from export.executorch_host import ProgramHost
 
     # its steps take whole tensors, whatever those of onnx take
-    whole = tuple(tensor.model_copy(update={"rows": False}) for tensor in manifest.state)
-    manifest = manifest.model_copy(update={"state": whole})
+    whole = tuple(replace(tensor, rows=False) for tensor in manifest.state)
+    manifest = replace(manifest, state=whole)
     host = ProgramHost(manifest, files)
     batch = _batch(manifest, 16, draw, examples)
     check = _threshold_gradients(eager, host, manifest, density, batch)

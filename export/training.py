@@ -14,7 +14,7 @@ from export.decompositions import LoweringError
 from export.flow import BatchNorm
 from export.lowering import lower
 from export.step import StepTensors, training_step
-from spafl.manifest import StateTensor, TrainStep
+from spafl.manifest import Role, StateTensor, TrainStep
 from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 from trainer.sparsify import masked_layers
 
@@ -34,10 +34,11 @@ def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor,
         layer, _, leaf = name.rpartition(".")
         if leaf == "num_batches_tracked":
             continue  # only a norm without momentum reads it, and sparsify refuses those
+        role: Role
         if name not in parameters:
             role = "statistic"
         elif layer in masked and leaf in ("weight", "threshold"):
-            role = leaf
+            role = "weight" if leaf == "weight" else "threshold"
         else:
             role = "parameter"
         owner = rows.get(name) or (layer if layer in masked else None)

@@ -3,16 +3,18 @@
 The same for every runtime and room: two models are run on the same real inputs, and then timed in turns.
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
+from spafl.record import Record
 from spafl.rows import kept_rows, needed
 
 PROOF = "proof.json"
@@ -24,11 +26,8 @@ WARM_UP = 5
 """Runs of each model that are not counted."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LayerProof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerProof(Record):
     """What became of one layer: filters kept of total, and why."""
 
     layer: str
@@ -37,7 +36,8 @@ class LayerProof(_Frozen):
     reason: str
 
 
-class ModelFigures(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFigures(Record):
     """Size and speed of one model: file bytes, weights, FLOPs per example, latency in ms at batch 1."""
 
     bytes: int
@@ -47,7 +47,8 @@ class ModelFigures(_Frozen):
     latency_p95_ms: float
 
 
-class Proof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof(Record):
     """That the compact model computes what the masked one does, on `examples` real inputs.
 
     bundle                its id; None where the model was in none
@@ -119,8 +120,8 @@ def prove(
     return Proof(
         bundle=bundle,
         examples=len(examples),
-        max_difference=difference,
-        relative_difference=relative,
+        max_difference=_finite(difference),
+        relative_difference=_finite(relative),
         argmax_agreement=agreement,
         equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
         density={name: float(rows.mean()) for name, rows in active.items()},
@@ -130,6 +131,11 @@ def prove(
         threads=threads,
         runtime=runtime,
     )
+
+
+def _finite(difference: float) -> float:
+    """Returns `difference`, or the largest number where a model left the finite ones: JSON has no NaN."""
+    return difference if math.isfinite(difference) else sys.float_info.max
 
 
 def _agreement(got: Floats, expected: Floats, allowed: float) -> float:

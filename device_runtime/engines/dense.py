@@ -54,8 +54,7 @@ class DenseEngine(ABC):
         started, collapsed = algorithm.reset_collapsed(layout, caught_up)
         self._active = training_rows(self.manifest, algorithm.mask_of(layout, started))
         tensors = {
-            tensor.name: np.array(started[tensor.name], np.float32, order="C")
-            for tensor in self.manifest.state
+            tensor.name: _own(started[tensor.name], state[tensor.name]) for tensor in self.manifest.state
         }
         momenta = {
             MOMENTUM + tensor.name: np.zeros(tensor.shape, np.float32)
@@ -100,3 +99,8 @@ class DenseEngine(ABC):
         if self._active is None:
             raise EngineError("no round is under way: call begin_round or resume first")
         return self._active
+
+
+def _own(value: Floats, given: Floats) -> Floats:
+    """Returns `value` in C order, a copy where it is still the caller's `given`: weights caught up are new already."""
+    return np.array(value, np.float32, order="C", copy=True if value is given else None)

@@ -132,7 +132,7 @@ def test_the_file_holds_standard_operators_and_no_leftovers(case: Case, tmp_path
 def test_what_is_left_and_what_the_proof_says(plain: Case, tmp_path: Path) -> None:
     state = plain.state(0.5)
     proof = compact(plain.bundle, state, tmp_path, plain.x, runs=2)
-    assert Proof.model_validate_json((tmp_path / PROOF).read_text()) == proof
+    assert Proof.from_text((tmp_path / PROOF).read_text()) == proof
     # conv1 1->6 of 13 x 13, conv2 6->8 of 4 x 4, fc1 32->14, fc2 14->5: half of each kept but of the head
     assert [(layer.layer, layer.kept, layer.total) for layer in proof.layers] == [
         ("conv1", 3, 6), ("conv2", 4, 8), ("fc1", 7, 14), ("fc2", 5, 5)

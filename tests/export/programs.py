@@ -8,7 +8,6 @@ import httpx2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import SecretStr
 from starlette.testclient import TestClient
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from export.program_service import ProgramMaker, create_app
 from spafl import algorithm
 from spafl.bundle import Bundle
 from spafl.layout import Floats
+from spafl.secret import Secret
 from tests.export.bundles import bundle_of, state_of
 from tests.export.models import LABELS, Exported, Graphs
 from trainer.models import LeNet5
@@ -64,7 +64,7 @@ class Recording(httpx2.BaseTransport):
     """The way to a service in this process; remembers each request and the answer's body."""
 
     def __init__(self, maker: ProgramMaker, token: str | None = None) -> None:
-        app = create_app(maker, SecretStr(token) if token else None)
+        app = create_app(maker, Secret(token) if token else None)
         self._transport = TestClient(app, raise_server_exceptions=False)._transport
         self.seen: list[tuple[httpx2.Request, bytes]] = []
 

@@ -1,5 +1,7 @@
 """What a proof says, and when it says that two models are not equal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def proof(manifest: Manifest, other: Floats, x: Floats = X) -> Proof:
     small = Candidate(lambda x: logits(x) + other, logits, 100)
     whole = Candidate(logits, logits, 1000)
     return prove(
-        manifest.model_copy(update={"compaction": compaction}),
+        replace(manifest, compaction=compaction),
         ACTIVE,
         x,
         masked=whole,
