@@ -9,14 +9,16 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from device_runtime.conversion import Conversion, at_opset, converted
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.onnx import logits, options, session, supply_state
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
 from spafl.program import mask_of
-from spafl.proof import PROOF, Candidate, Proof, prove
+from spafl.proof import PROOF, Candidate, Proof, measure_precision, prove
 
 MODEL = "model.onnx"
+UNCONVERTED = Conversion()
 
 
 def compact(
@@ -25,27 +27,34 @@ def compact(
     out: Path,
     examples: Floats,
     *,
+    conversion: Conversion = UNCONVERTED,
     threads: int = 1,
     runs: int = 200,
 ) -> Proof:
     """Returns the proof for the compact model written to `out`/model.onnx, with the proof as `out`/proof.json.
 
-    examples  (n, *shape) float32, n >= 1: real inputs to compare both models on; at most the first 512 are used
-    runs      of each model for its latency
+    examples     (n, *shape) float32, n >= 1: real inputs to compare both models on; at most the first 512 are used
+    conversion   what the compact model is turned into, once it is proven: that is what is written then
+    runs         of each model for its latency
 
     Raises:
         BundleError: the state is not one of this bundle's model.
-        EngineError: no examples, or the compact model differs from the masked one; nothing is left in `out` then.
+        EngineError: no examples, the compact model differs from the masked one, cannot be converted, or loses more
+            accuracy by that than it may; what is in `out` stays as it was.
     """
+    conversion.check(len(examples))
     manifest = bundle.manifest
     check_state(manifest, state)
     if len(examples) == 0:
         raise EngineError("a proof needs at least one real example, got none: give --data")
     out.mkdir(parents=True, exist_ok=True)
     small, whole, told = out / f"{MODEL}.part", out / "masked.part", out / f"{PROOF}.part"
+    other = out / "converted.part"
     try:
         _save(bundle, "infer", state, small, threads)
         _save(bundle, "masked", state, whole, threads)
+        if conversion.opset is not None:
+            small.write_bytes(at_opset(small.read_bytes(), conversion.opset))
         proof = prove(
             manifest,
             mask_of(manifest.layout, state),
@@ -59,11 +68,25 @@ def compact(
         )
         if not proof.equal:
             raise EngineError(proof.refusal())
+        if conversion.kind != "fp32":
+            other.write_bytes(converted(small.read_bytes(), conversion))
+            precision = measure_precision(
+                conversion.kind,
+                examples,
+                conversion.labels,
+                compact=_candidate(small, threads),
+                converted=_candidate(other, threads),
+                calibration=conversion.calibrated_on,
+                runs=runs,
+            )
+            conversion.refuse_loss(precision, out)
+            proof = proof.model_copy(update={"precision": precision})
+            other.replace(small)
         told.write_text(proof.model_dump_json(indent=2) + "\n")
         told.replace(out / PROOF)
         small.replace(out / MODEL)
     finally:
-        for part in (small, whole, told):
+        for part in (small, whole, other, told):
             part.unlink(missing_ok=True)
     return proof
 

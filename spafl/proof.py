@@ -46,6 +46,30 @@ class ModelFigures(_Frozen):
     latency_p95_ms: float
 
 
+class Precision(_Frozen):
+    """What float16 or int8 made of the compact model: the model file then is this one, and no longer equal.
+
+    kind                  fp16 or int8
+    examples              held-out ones with labels, on which all of this was measured
+    calibration           other examples, from which int8's ranges were taken; 0: none were needed
+    accuracy_before       of the compact model in float32, a share
+    accuracy_after        of the converted one
+    argmax_agreement      share of the examples on which both choose the same label
+    relative_difference   largest difference of any logit, over the largest logit in float32
+    """
+
+    kind: str
+    examples: int
+    calibration: int
+    accuracy_before: float
+    accuracy_after: float
+    argmax_agreement: float
+    relative_difference: float
+    bytes: int
+    latency_median_ms: float
+    latency_p95_ms: float
+
+
 class Proof(_Frozen):
     """That the compact model computes what the masked one does, on `examples` real inputs.
 
@@ -55,6 +79,7 @@ class Proof(_Frozen):
     argmax_agreement      share of examples on which both choose the same label
     equal                 relative_difference <= 1e-5 and argmax_agreement = 1, near-ties aside
     runtime               what ran the compact model, and its version
+    precision             what float16 or int8 changed after that; None: nothing, the file is the compact model
     """
 
     bundle: str | None
@@ -69,6 +94,7 @@ class Proof(_Frozen):
     compact: ModelFigures
     threads: int
     runtime: str
+    precision: Precision | None = None
 
     def refusal(self) -> str:
         """Returns in words why a model that is not equal is not written."""
@@ -121,11 +147,44 @@ def prove(
         argmax_agreement=agreement,
         equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
         density={name: float(rows.mean()) for name, rows in active.items()},
-        layers=_layer_proofs(manifest.compaction, active, kept),
+        layers=layer_proofs(manifest.compaction, active),
         masked=_figures(manifest.compaction, {}, masked.bytes, latency[0]),
         compact=_figures(manifest.compaction, kept, compact.bytes, latency[1]),
         threads=threads,
         runtime=runtime,
+    )
+
+
+def measure_precision(
+    kind: str,
+    examples: Floats,
+    labels: NDArray[np.int64],
+    *,
+    compact: Candidate,
+    converted: Candidate,
+    calibration: int = 0,
+    runs: int = 200,
+) -> Precision:
+    """Returns what converting the compact model cost and brought; whether that is too much is for the caller to say.
+
+    examples   (n, *shape) float32, n >= 1, all of them used, with their labels (n,)
+    runs       of each model for its latency, in turns so that both meet the same machine
+    """
+    got, expected = converted.logits(examples), compact.logits(examples)
+    chosen, before = got.argmax(1), expected.argmax(1)
+    _, latency = _latencies((compact.once, converted.once), examples, runs)
+    median, p95 = np.percentile(latency, [50, 95])
+    return Precision(
+        kind=kind,
+        examples=len(examples),
+        calibration=calibration,
+        accuracy_before=float((before == labels).mean()),
+        accuracy_after=float((chosen == labels).mean()),
+        argmax_agreement=float((chosen == before).mean()),
+        relative_difference=float(np.abs(got - expected).max()) / max(float(np.abs(expected).max()), 1e-30),
+        bytes=converted.bytes,
+        latency_median_ms=round(float(median), 4),
+        latency_p95_ms=round(float(p95), 4),
     )
 
 
@@ -157,9 +216,11 @@ def _latencies(
     return [measured[WARM_UP:] for measured in times]
 
 
-def _layer_proofs(
-    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], kept: Mapping[str, int]
+def layer_proofs(
+    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]
 ) -> tuple[LayerProof, ...]:
+    """Returns what becomes of each layer whose filters are `active` or not: how many stay, and why."""
+    kept = kept_filters(compaction, active)
     proofs = []
     for entry in compaction:
         reason = entry.reason
@@ -173,23 +234,28 @@ def _layer_proofs(
     return tuple(proofs)
 
 
-def _figures(
-    compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
-) -> ModelFigures:
-    weights = flops = 0
+def layer_costs(compaction: Sequence[Compaction], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Returns weights and FLOPs per example of each layer while those in `kept` have so many filters, by layer."""
+    costs = {}
     outs = {entry.layer: entry.out for entry in compaction}
     for entry in compaction:
         columns = entry.n_in
         if entry.reads is not None and entry.reads in kept:
             columns = columns * kept[entry.reads] // outs[entry.reads]
         size = kept.get(entry.layer, entry.out) * columns
-        weights += size
-        flops += 2 * size * entry.positions  # a multiplication and an addition each
+        costs[entry.layer] = size, 2 * size * entry.positions  # a multiplication and an addition each
+    return costs
+
+
+def _figures(
+    compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
+) -> ModelFigures:
+    costs = layer_costs(compaction, kept).values()
     median, p95 = np.percentile(latency, [50, 95])
     return ModelFigures(
         bytes=bytes,
-        weights=weights,
-        flops=flops,
+        weights=sum(weights for weights, _ in costs),
+        flops=sum(flops for _, flops in costs),
         latency_median_ms=round(float(median), 4),
         latency_p95_ms=round(float(p95), 4),
     )
