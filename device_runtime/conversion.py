@@ -115,9 +115,17 @@ def converted(model: bytes, conversion: Conversion) -> bytes:
     """Returns `model` in the numbers that `conversion` is of.
 
     Raises:
-        EngineError: the result is no valid model.
+        EngineError: onnxruntime's tools cannot convert it, or the result is no valid model.
     """
-    return to_int8(model, conversion.calibration) if conversion.kind == "int8" else to_float16(model)
+    try:
+        return to_int8(model, conversion.calibration) if conversion.kind == "int8" else to_float16(model)
+    except EngineError:
+        raise
+    except Exception as error:  # the tools raise whatever happens in them
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise EngineError(
+            f"this model cannot be had in {conversion.kind} ({reason}): leave it in fp32"
+        ) from error
 
 
 def at_opset(model: bytes, opset: int) -> bytes:
@@ -174,9 +182,10 @@ def to_float16(model: bytes) -> bytes:
     from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    parsed = _parsed(model)
     made = ONNXModel(convert_float_to_float16(_parsed(model), keep_io_types=True))
     made.topological_sort()  # the casts of the inputs were appended at the end, which the standard forbids
-    return _checked(made.model)
+    return _checked(made.model, parsed)
 
 
 def to_int8(model: bytes, calibration: Floats) -> bytes:
@@ -205,15 +214,12 @@ def to_int8(model: bytes, calibration: Floats) -> bytes:
         raise EngineError(
             f"--int8 with a scale per channel needs opset 13 or later, got --opset {_opset(parsed)}"
         )
-    own = list(parsed.metadata_props)
-    parsed = onnx.shape_inference.infer_shapes(parsed)
-    add_pre_process_metadata(
-        parsed
-    )  # true: folded, fused and with shapes; without it a warning asks for that
+    shaped = onnx.shape_inference.infer_shapes(parsed)
+    add_pre_process_metadata(shaped)  # true: it is folded and fused; without it a warning asks for that
     with tempfile.TemporaryDirectory(prefix="spafl-") as folder:
         out = Path(folder) / "int8.onnx"
         quantize_static(
-            parsed,
+            shaped,
             out,
             Batches(),
             quant_format=QuantFormat.QDQ,
@@ -223,8 +229,8 @@ def to_int8(model: bytes, calibration: Floats) -> bytes:
         )
         made = onnx.load_model_from_string(out.read_bytes())
     del made.metadata_props[:]
-    made.metadata_props.extend(own)
-    return _checked(made)
+    made.metadata_props.extend(parsed.metadata_props)
+    return _checked(made, parsed)
 
 
 def _batches(examples: Floats) -> Iterator[dict[str, Floats]]:
@@ -254,9 +260,12 @@ def _bytes(model: "ModelProto") -> bytes:
     return serialized
 
 
-def _checked(model: "ModelProto") -> bytes:
+def _checked(model: "ModelProto", before: "ModelProto") -> bytes:
+    """Returns the file of `model`, made of `before`: it takes and returns the same."""
     import onnx
 
+    for value, own in zip(model.graph.output, before.graph.output, strict=True):
+        value.CopyFrom(own)  # shape inference gave sizes that vary names of its own
     del model.graph.value_info[:]  # for the converter; a runtime infers shapes itself
     try:
         onnx.checker.check_model(model, full_check=True)
