@@ -105,6 +105,7 @@ def _parsed(path: Path, data: bytes) -> ModelProto:
     if not model.graph.node or not model.opset_import:
         # protobuf takes many a text or picture for a message with unknown fields
         raise InspectError(f"{path} is not an ONNX model: it has no graph or no opset")
+    _refuse_odd_text(path, model)
     for tensor in _tensors(model):
         if any(size < 0 for size in tensor.dims):
             raise InspectError(f"{path} is damaged: tensor {tensor.name!r:.80} has shape {list(tensor.dims)}")
@@ -123,6 +124,19 @@ def _parsed(path: Path, data: bytes) -> ModelProto:
                 f"{'bytes' if tensor.HasField('raw_data') else 'numbers'}, expected {expected:,}"
             )
     return model
+
+
+def _refuse_odd_text(path: Path, model: ModelProto) -> None:
+    """Returns nothing if every text in `model` is one: protobuf hands out what is not UTF-8 as bytes."""
+    messages: list[Any] = [model]
+    while messages:
+        for field, value in messages.pop().ListFields():
+            # by its value: how a field says it is repeated differs between protobuf's versions
+            values = [value] if isinstance(value, str | bytes | Message) else value
+            if field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
+                raise InspectError(f"{path} is damaged: {field.full_name} is not UTF-8")
+            if field.type == field.TYPE_MESSAGE:
+                messages.extend(values)
 
 
 def _external(path: Path, model: ModelProto) -> list[Facts]:
