@@ -132,7 +132,7 @@ def _refuse_odd_text(path: Path, model: ModelProto) -> None:
     while messages:
         for field, value in messages.pop().ListFields():
             # by its value: how a field says it is repeated differs between protobuf's versions
-            values = [value] if isinstance(value, str | bytes | Message) else value
+            values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
             if field.type == field.TYPE_STRING and any(isinstance(text, bytes) for text in values):
                 raise InspectError(f"{path} is damaged: {field.full_name} is not UTF-8")
             if field.type == field.TYPE_MESSAGE:
