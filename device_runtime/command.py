@@ -276,8 +276,8 @@ def compact(
     filters are active, never a weight, and this device puts its weights into what it answers.
 
     --fp16 and --int8 convert the compact model after it is proven, and change its numbers: what that costs is measured
-    on examples training has not seen, and written into proof.json. If it costs more than --max-drop, the command fails
-    and the model that was there stays.
+    on the examples held out from training (give the same --validation and --seed), and written into proof.json. If it
+    costs more than --max-drop, the command fails and the model that was there stays.
     """
     from device_runtime.conversion import Conversion
     from device_runtime.data import load_data

@@ -99,8 +99,13 @@ class Conversion:
         """Returns nothing if `precision` costs no more accuracy than may be lost.
 
         Raises:
-            EngineError: it costs more; `out` is where nothing is replaced then.
+            EngineError: it costs more, or logits are not finite; `out` is where nothing is replaced then.
         """
+        if not np.isfinite(precision.relative_difference):
+            raise EngineError(
+                f"in {self.kind} this model's logits are not finite, its numbers are too large for that: nothing is "
+                f"written, what is in {out} stays. Leave --{self.kind} out"
+            )
         lost = precision.accuracy_before - precision.accuracy_after
         if lost > self.max_drop + 1e-9:
             raise EngineError(

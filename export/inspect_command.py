@@ -16,7 +16,7 @@ from rich.table import Table
 from export.inspected_file import Facts, InspectError
 from spafl.errors import SettingsError
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 WIDTH = 120
 """Columns of a table where nobody looks at it: reasons are longer than most terminals are wide."""
 
@@ -74,7 +74,12 @@ def inspected(file: Path, state: Path | None = None) -> Facts:
             f"--state goes with a bundle, and {file} is none: leave it out, or give the bundle"
         )
     if suffix == ".onnx":
-        from export.inspected_graph import graph_facts
+        try:
+            from export.inspected_graph import graph_facts
+        except ModuleNotFoundError as error:
+            raise InspectError(
+                f"reading a .onnx needs {error.name}, which is not installed: pip install onnx"
+            ) from error
 
         return graph_facts(file)
     if suffix == ".pte":

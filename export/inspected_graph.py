@@ -9,23 +9,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from export.inspected_file import MAX_MODEL_BYTES, Facts, InspectError, proof_beside, read_bounded
+import onnx
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    shape_inference,
+)
 
-try:
-    import onnx
-    from onnx import (
-        FunctionProto,
-        GraphProto,
-        ModelProto,
-        NodeProto,
-        TensorProto,
-        ValueInfoProto,
-        shape_inference,
-    )
-except ModuleNotFoundError as missing:
-    raise InspectError(
-        f"reading a .onnx needs {missing.name}, which is not installed: pip install onnx"
-    ) from missing
+from export.inspected_file import MAX_MODEL_BYTES, Facts, InspectError, proof_beside, read_bounded
 
 MAX_DEPTH = 64
 """Operators between what a file keeps of a weight and the layer that takes it."""
@@ -269,9 +264,9 @@ def _shapes(model: ModelProto, notes: list[str]) -> dict[str, Shape]:
         value.type.tensor_type.ClearField("shape")  # they may name the batch that is 1 now
     del model.graph.value_info[:]
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and _elements(tensor) > 1024:
-            tensor.ClearField("raw_data")  # shapes do not follow from weights: not copied again and again
-            tensor.ClearField("float_data")
+        if tensor.data_type != TensorProto.INT64 and _elements(tensor) > 1024:
+            for field in ("raw_data", "float_data", "int32_data"):
+                tensor.ClearField(field)  # shapes do not follow from weights: not copied again and again
     try:
         inferred = shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
     except Exception as error:  # InferenceError, RuntimeError, ValueError: for whatever it finds odd

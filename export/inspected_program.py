@@ -91,15 +91,19 @@ class _Buffer:
         return number
 
     def text(self, start: int, length: int) -> str:
-        """Returns the text of so many bytes."""
+        """Returns the text of so many bytes; it counts as parts too, or a small file could hold gigabytes of names."""
+        self._spend(length // 16)
         return bytes(self._data[start : start + length]).decode()
 
     def table(self, at: int) -> "_Table":
         """Returns the table at byte `at`."""
-        self._left -= 1
+        self._spend(1)
+        return _Table(self, at)
+
+    def _spend(self, parts: int) -> None:
+        self._left -= parts
         if self._left < 0:
             raise _Damaged(f"more than {MAX_TABLES:,} parts")
-        return _Table(self, at)
 
 
 class _Table:

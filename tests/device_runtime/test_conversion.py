@@ -253,6 +253,23 @@ def test_the_bound_is_inclusive(lost: int, refused: bool, tmp_path: Path) -> Non
         Conversion("int8").refuse_loss(cost, tmp_path)
 
 
+def test_numbers_too_large_for_float16_are_refused_whatever_may_be_lost(
+    compacted: Any, trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(model: bytes) -> bytes:
+        parsed = onnx.load_model_from_string(model)
+        for tensor in parsed.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT:
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1e30, tensor.name))
+        return bytes(parsed.SerializeToString())
+
+    monkeypatch.setattr(conversion, "to_float16", overflowing)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error, left = refusal(trained, data, tmp_path / "out", "--fp16", "--max-drop", 100)
+    assert "logits are not finite" in str(error)
+    assert left == []
+
+
 @pytest.mark.parametrize("option", ["--int8", "--fp16", "--opset 17"])
 def test_without_the_package_onnx_nothing_is_begun(
     option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
