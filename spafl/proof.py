@@ -171,6 +171,8 @@ def measure_precision(
     runs       of each model for its latency, in turns so that both meet the same machine
     """
     got, expected = converted.logits(examples), compact.logits(examples)
+    with np.errstate(invalid="ignore"):  # logits that are not finite make a difference that is not
+        difference = float(np.abs(got - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
     chosen, before = got.argmax(1), expected.argmax(1)
     _, latency = _latencies((compact.once, converted.once), examples, runs)
     median, p95 = np.percentile(latency, [50, 95])
@@ -181,7 +183,7 @@ def measure_precision(
         accuracy_before=float((before == labels).mean()),
         accuracy_after=float((chosen == labels).mean()),
         argmax_agreement=float((chosen == before).mean()),
-        relative_difference=float(np.abs(got - expected).max()) / max(float(np.abs(expected).max()), 1e-30),
+        relative_difference=difference,
         bytes=converted.bytes,
         latency_median_ms=round(float(median), 4),
         latency_p95_ms=round(float(p95), 4),
