@@ -4,6 +4,7 @@ onnxruntime does the cutting: `infer.onnx` selects the active channels of the we
 does that once, and what is saved afterwards holds only what is left. No torch, no protobuf, any language's runtime.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from device_runtime.conversion import Conversion, at_opset, converted
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.onnx import logits, options, session, supply_state
 from spafl.algorithm import mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
-from spafl.proof import PROOF, Candidate, Proof, prove
+from spafl.proof import PROOF, Candidate, Proof, measure_precision, prove
 from spafl.rows import infer_graph
 
 MODEL = "model.onnx"
+UNCONVERTED = Conversion()
 
 
 def compact(
@@ -28,30 +31,37 @@ def compact(
     out: Path,
     examples: Floats,
     *,
+    conversion: Conversion = UNCONVERTED,
     threads: int = 1,
     runs: int = 200,
     multiple: int = 1,
 ) -> Proof:
     """Returns the proof for the compact model written to `out`/model.onnx, with the proof as `out`/proof.json.
 
-    examples  (n, *shape) float32, n >= 1: real inputs to compare both models on; at most the first 512 are used
-    runs      of each model for its latency
-    multiple  keep as many filters of a layer as this divides, pruned ones as zeros: runtimes compute lanes full
+    examples     (n, *shape) float32, n >= 1: real inputs to compare both models on; at most the first 512 are used
+    conversion   what the compact model is turned into, once it is proven: that is what is written then
+    runs         of each model for its latency
+    multiple     keep as many filters of a layer as this divides, pruned ones as zeros: runtimes compute lanes full
 
     Raises:
         BundleError: the state is not one of this bundle's model.
-        EngineError: no examples, or the compact model differs from the masked one; nothing is left in `out` then.
+        EngineError: no examples, the compact model differs from the masked one, cannot be converted, or loses more
+            accuracy by that than it may; what is in `out` stays as it was.
     """
+    conversion.check(len(examples))
     manifest = bundle.manifest
     check_state(manifest, state)
     if len(examples) == 0:
         raise EngineError("a proof needs at least one real example, got none: give --data")
     out.mkdir(parents=True, exist_ok=True)
     small, whole, told = out / f"{MODEL}.part", out / "masked.part", out / f"{PROOF}.part"
+    other = out / "converted.part"
     try:
         graphs = bundle.manifest.engines["onnx"].files
         _save(*infer_graph(bundle.read(graphs["infer"]), manifest, state, multiple), small, threads)
         _save(bundle.read(graphs["masked"]), state, whole, threads)
+        if conversion.opset is not None:
+            small.write_bytes(at_opset(small.read_bytes(), conversion.opset))
         proof = prove(
             manifest,
             mask_of(manifest.layout, state),
@@ -66,11 +76,25 @@ def compact(
         )
         if not proof.equal:
             raise EngineError(proof.refusal())
+        if conversion.kind != "fp32":
+            other.write_bytes(converted(small.read_bytes(), conversion))
+            precision = measure_precision(
+                conversion.kind,
+                examples,
+                conversion.labels,
+                compact=_candidate(small, threads),
+                converted=_candidate(other, threads),
+                calibration=conversion.calibrated_on,
+                runs=runs,
+            )
+            conversion.refuse_loss(precision, out)
+            proof = dataclasses.replace(proof, precision=precision)
+            other.replace(small)
         told.write_text(proof.to_text(indent=2) + "\n")
         told.replace(out / PROOF)
         small.replace(out / MODEL)
     finally:
-        for part in (small, whole, told):
+        for part in (small, whole, other, told):
             part.unlink(missing_ok=True)
     return proof
 

@@ -12,6 +12,11 @@ from spafl.errors import SpaflError
 
 COMMANDS = {
     "export": ("export.command", "Turn a PyTorch model into a bundle that devices train.", "export"),
+    "inspect": (
+        "export.inspect_command",
+        "Show what a bundle, an ONNX model or an ExecuTorch program holds.",
+        "export",
+    ),
     "programs": ("export.program_command", "Make compact ExecuTorch programs from devices' masks.", "all"),
     "data": ("trainer.data.command", "Look at a dataset and split it over devices.", "trainer"),
     "serve": ("server_api.command", "Run the aggregation server.", "server"),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
 from spafl.record import Record
-from spafl.rows import kept_rows, needed
+from spafl.rows import kept_filters, needed
 
 PROOF = "proof.json"
 MAX_EXAMPLES = 512
@@ -48,6 +48,31 @@ class ModelFigures(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Precision(Record):
+    """What float16 or int8 made of the compact model: the model file then is this one, and no longer equal.
+
+    kind                  fp16 or int8
+    examples              held-out ones with labels, on which all of this was measured
+    calibration           other examples, from which int8's ranges were taken; 0: none were needed
+    accuracy_before       of the compact model in float32, a share
+    accuracy_after        of the converted one
+    argmax_agreement      share of the examples on which both choose the same label
+    relative_difference   largest difference of any logit, over the largest logit in float32
+    """
+
+    kind: str
+    examples: int
+    calibration: int
+    accuracy_before: float
+    accuracy_after: float
+    argmax_agreement: float
+    relative_difference: float
+    bytes: int
+    latency_median_ms: float
+    latency_p95_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Proof(Record):
     """That the compact model computes what the masked one does, on `examples` real inputs.
 
@@ -57,6 +82,7 @@ class Proof(Record):
     argmax_agreement      share of examples on which both choose the same label
     equal                 relative_difference <= 1e-5 and argmax_agreement = 1, near-ties aside
     runtime               what ran the compact model, and its version
+    precision             what float16 or int8 changed after that; None: nothing, the file is the compact model
     """
 
     bundle: str | None
@@ -71,6 +97,7 @@ class Proof(Record):
     compact: ModelFigures
     threads: int
     runtime: str
+    precision: Precision | None = None
 
     def refusal(self) -> str:
         """Returns in words why a model that is not equal is not written."""
@@ -116,7 +143,7 @@ def prove(
     relative = difference / max(largest, 1e-30)
     agreement = _agreement(got, expected, RELATIVE_TOLERANCE * largest)
     latency = _latencies((masked.once, compact.once), examples, runs)
-    kept = {layer: len(rows) for layer, rows in kept_rows(manifest.compaction, active, multiple).items()}
+    kept = kept_filters(manifest.compaction, active, multiple)
     return Proof(
         bundle=bundle,
         examples=len(examples),
@@ -125,7 +152,7 @@ def prove(
         argmax_agreement=agreement,
         equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
         density={name: float(rows.mean()) for name, rows in active.items()},
-        layers=_layer_proofs(manifest.compaction, active, kept),
+        layers=layer_proofs(manifest.compaction, active, multiple),
         masked=_figures(manifest.compaction, {}, masked.bytes, latency[0]),
         compact=_figures(manifest.compaction, kept, compact.bytes, latency[1]),
         threads=threads,
@@ -136,6 +163,41 @@ def prove(
 def _finite(difference: float) -> float:
     """Returns `difference`, or the largest number where a model left the finite ones: JSON has no NaN."""
     return difference if math.isfinite(difference) else sys.float_info.max
+
+
+def measure_precision(
+    kind: str,
+    examples: Floats,
+    labels: NDArray[np.int64],
+    *,
+    compact: Candidate,
+    converted: Candidate,
+    calibration: int = 0,
+    runs: int = 200,
+) -> Precision:
+    """Returns what converting the compact model cost and brought; whether that is too much is for the caller to say.
+
+    examples   (n, *shape) float32, n >= 1, all of them used, with their labels (n,)
+    runs       of each model for its latency, in turns so that both meet the same machine
+    """
+    got, expected = converted.logits(examples), compact.logits(examples)
+    with np.errstate(invalid="ignore"):  # logits that are not finite make a difference that is not
+        difference = float(np.abs(got - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
+    chosen, before = got.argmax(1), expected.argmax(1)
+    _, latency = _latencies((compact.once, converted.once), examples, runs)
+    median, p95 = np.percentile(latency, [50, 95])
+    return Precision(
+        kind=kind,
+        examples=len(examples),
+        calibration=calibration,
+        accuracy_before=float((before == labels).mean()),
+        accuracy_after=float((chosen == labels).mean()),
+        argmax_agreement=float((chosen == before).mean()),
+        relative_difference=difference,
+        bytes=converted.bytes,
+        latency_median_ms=round(float(median), 4),
+        latency_p95_ms=round(float(p95), 4),
+    )
 
 
 def _agreement(got: Floats, expected: Floats, allowed: float) -> float:
@@ -161,9 +223,11 @@ def _latencies(
     return [measured[WARM_UP:] for measured in times]
 
 
-def _layer_proofs(
-    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], kept: Mapping[str, int]
+def layer_proofs(
+    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], multiple: int = 1
 ) -> tuple[LayerProof, ...]:
+    """Returns what becomes of each layer whose filters are `active` or not: how many stay, and why."""
+    kept = kept_filters(compaction, active, multiple)
     proofs = []
     for entry in compaction:
         reason = entry.reason
@@ -199,22 +263,27 @@ def _why_kept(entry: Compaction, kept: int, active: Mapping[str, NDArray[np.bool
     return "; ".join(reasons) or None
 
 
-def _figures(
-    compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
-) -> ModelFigures:
-    weights = flops = 0
+def layer_costs(compaction: Sequence[Compaction], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Returns weights and FLOPs per example of each layer while those in `kept` have so many filters, by layer."""
+    costs = {}
     outs = {entry.layer: entry.out for entry in compaction}
     for entry in compaction:
         gone = {layer: outs[layer] - kept.get(layer, outs[layer]) for layer in entry.reads}
         columns = entry.n_in - sum(gone[layer] // entry.groups * each for layer, each in entry.reads.items())
         size = kept.get(entry.layer, entry.out) * columns
-        weights += size
-        flops += 2 * size * entry.positions  # a multiplication and an addition each
+        costs[entry.layer] = size, 2 * size * entry.positions  # a multiplication and an addition each
+    return costs
+
+
+def _figures(
+    compaction: Sequence[Compaction], kept: Mapping[str, int], bytes: int, latency: list[float]
+) -> ModelFigures:
+    costs = layer_costs(compaction, kept).values()
     median, p95 = np.percentile(latency, [50, 95])
     return ModelFigures(
         bytes=bytes,
-        weights=weights,
-        flops=flops,
+        weights=sum(weights for weights, _ in costs),
+        flops=sum(flops for _, flops in costs),
         latency_median_ms=round(float(median), 4),
         latency_p95_ms=round(float(p95), 4),
     )

@@ -48,6 +48,13 @@ def kept_rows(
     }
 
 
+def kept_filters(
+    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], multiple: int = 1
+) -> dict[str, int]:
+    """Returns how many filters a compact model keeps, by layer, of those layers that leave any out."""
+    return {layer: len(rows) for layer, rows in kept_rows(compaction, active, multiple).items()}
+
+
 def training_rows(
     manifest: Manifest, active: Mapping[str, NDArray[np.bool_]]
 ) -> dict[str, NDArray[np.int64]]:

@@ -67,7 +67,7 @@ def test_links_lead_somewhere(target: str) -> None:
 def options() -> list[tuple[str, str]]:
     """(command, option) of the table of options."""
     rows = re.findall(r"^\| (`--.*?) \| `([a-z ]+)` \|", README, re.MULTILINE)
-    return [(command, option) for named, command in rows for option in re.findall(r"--[a-z-]+", named)]
+    return [(command, option) for named, command in rows for option in re.findall(r"--[a-z0-9-]+", named)]
 
 
 def test_the_table_of_options_is_found() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
-from spafl.proof import MAX_EXAMPLES, RELATIVE_TOLERANCE, Candidate, Proof, prove
+from spafl.proof import MAX_EXAMPLES, RELATIVE_TOLERANCE, Candidate, Proof, measure_precision, prove
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 WEIGHT = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
@@ -84,3 +84,35 @@ def test_not_a_number_is_never_equal(manifest: Manifest) -> None:
 def test_no_more_examples_than_the_most(manifest: Manifest) -> None:
     many = np.zeros((MAX_EXAMPLES + 1, 3), np.float32)
     assert proof(manifest, np.zeros(2, np.float32), many).examples == MAX_EXAMPLES
+
+
+def test_the_price_of_a_conversion_is_measured_on_every_example_and_written() -> None:
+    many = np.random.default_rng(2).normal(size=(MAX_EXAMPLES + 88, 3)).astype(np.float32)
+    labels = logits(many).argmax(1)
+    labels[:60] ^= 1  # of 600, a tenth is wrong before
+    flipped = np.where(np.arange(600)[:, None] < 540, 1, -1).astype(np.float32)  # and the last 60 after, too
+    told = measure_precision(
+        "int8",
+        many,
+        labels,
+        compact=Candidate(logits, logits, 100),
+        converted=Candidate(lambda x: logits(x) * flipped, logits, 30),
+        calibration=7,
+        runs=3,
+    )
+    assert (told.kind, told.examples, told.calibration, told.bytes) == ("int8", 600, 7, 30)
+    assert (told.accuracy_before, told.accuracy_after, told.argmax_agreement) == (0.9, 0.8, 0.9)
+    worst = 2 * np.abs(logits(many)[540:]).max() / np.abs(logits(many)).max()
+    assert told.relative_difference == pytest.approx(worst, rel=1e-6)
+    assert 0 < told.latency_median_ms <= told.latency_p95_ms
+
+
+def test_a_proof_with_a_price_survives_its_file(manifest: Manifest) -> None:
+    plain = proof(manifest, np.zeros(2, np.float32))
+    assert plain.precision is None
+    same = Candidate(logits, logits, 1)
+    cost = measure_precision("fp16", X, np.zeros(20, np.int64), compact=same, converted=same, runs=1)
+    priced = plain.model_copy(update={"precision": cost})
+    assert Proof.model_validate_json(priced.model_dump_json()) == priced
+    before = plain.model_dump_json(exclude={"precision"})  # as written before there were prices
+    assert Proof.model_validate_json(before) == plain
