@@ -311,9 +311,8 @@ def compact(
     if not json:  # a line per layer reads better than a list of them
         del facts["layers"], facts["precision"]
         if proof.precision is not None:
-            facts[proof.precision.kind] = {
-                key: value for key, value in proof.precision.to_json().items() if key != "kind"
-            }
+            told = proof.precision.to_json()
+            facts[told.pop("kind")] = told
         facts |= {entry.layer: f"{entry.total} => {entry.kept}  {entry.reason}" for entry in proof.layers}
     print_facts(facts, json=json)
 

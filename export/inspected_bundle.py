@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from export.inspected_file import Facts, InspectError, read_bounded
+from spafl.algorithm import mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
 from spafl.manifest import Manifest
-from spafl.program import mask_of
 from spafl.proof import layer_costs, layer_proofs
 from spafl.rows import kept_filters
 from spafl.wire import Thresholds, encode_thresholds

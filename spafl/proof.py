@@ -193,7 +193,7 @@ def measure_precision(
         accuracy_before=float((before == labels).mean()),
         accuracy_after=float((chosen == labels).mean()),
         argmax_agreement=float((chosen == before).mean()),
-        relative_difference=difference,
+        relative_difference=_finite(difference),
         bytes=converted.bytes,
         latency_median_ms=round(float(median), 4),
         latency_p95_ms=round(float(p95), 4),
