@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from export import operations as ops
 from export.channels import Group
-from export.flow import BatchNorm, ChannelFlows, Layer, shape_of
+from export.flow import BatchNorm, ChannelFlows, Layer
+from export.groups import shape_of
 from trainer.masked import Masked
 from trainer.norm import GatedBatchNorm
 

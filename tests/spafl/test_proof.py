@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -112,7 +114,7 @@ def test_a_proof_with_a_price_survives_its_file(manifest: Manifest) -> None:
     assert plain.precision is None
     same = Candidate(logits, logits, 1)
     cost = measure_precision("fp16", X, np.zeros(20, np.int64), compact=same, converted=same, runs=1)
-    priced = plain.model_copy(update={"precision": cost})
+    priced = dataclasses.replace(plain, precision=cost)
     assert Proof.from_text(priced.to_text()) == priced
     before = {key: value for key, value in plain.to_json().items() if key != "precision"}
     assert Proof.from_json(before) == plain  # as written before there were prices
