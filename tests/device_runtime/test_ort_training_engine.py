@@ -40,7 +40,7 @@ from spafl import algorithm
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
-from spafl.manifest import InputSpec, Manifest, TrainStep
+from spafl.manifest import FileEntry, InputSpec, Manifest, TrainStep
 from spafl.ort_training import RELEASE, VARIABLE, python_of
 from spafl.step import ACTIVE, MOMENTUM
 from tests.device_runtime.conftest import Events
@@ -69,7 +69,12 @@ def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
     model.shape = (1, 8, 8)  # type: ignore[assignment]
     files, entry = artifacts(model)
     manifest = small_bundle.manifest
-    both = replace(manifest, engines={**manifest.engines, "ort_training": entry})
+    named = dict.fromkeys(files, FileEntry(bytes=0, sha256="0" * 64))
+    both = replace(
+        manifest,
+        engines={**manifest.engines, "ort_training": entry},
+        files={**manifest.files, **named},
+    )
     held = {name: small_bundle.read(name) for name in manifest.files}
     return write_bundle(tmp_path_factory.mktemp("ort") / "b", both, held | files)
 
