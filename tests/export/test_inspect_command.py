@@ -168,7 +168,17 @@ def test_people_see_a_table_with_reasons(small_bundle_file: Path) -> None:
     assert re.search(r"^ 0 +conv +6 +9 +36 +6 +1\.000 +3,888 +6 of 6", text, re.MULTILINE)
     assert re.search(r"^0, 5 +pruned channels are left out", text, re.MULTILINE)
     assert re.search(r"^7 +not masked", text, re.MULTILINE)
+    assert "--json has all of it" not in text
     assert re.search(r"^engine onnx +needs ir_version 8, opset 18", text, re.MULTILINE)
+
+
+def test_a_long_reason_is_cut_for_people_only(small_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = small_bundle.manifest
+    step = manifest.train_step.model_copy(update={"reason": "blocks.0.query keeps all rows; " * 100})
+    files = {name: small_bundle.read(name) for name in manifest.files}
+    write_bundle(tmp_path / "b", manifest.model_copy(update={"train_step": step}), files)
+    assert "--json has all of it" in " ".join(shown(tmp_path / "b").split())
+    assert told(tmp_path / "b")["train_step"]["reason"] == step.reason
 
 
 def test_states_that_are_none(
