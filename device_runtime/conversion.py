@@ -29,8 +29,8 @@ CALIBRATION = 512
 MAX_DROP = 0.02
 """Share of held-out examples whose accuracy a conversion may cost, unless told otherwise."""
 _BATCH = 64
-# What has weights, and what only moves or compares numbers and so stays int8 between them. Norms, softmax and products of
-# activations in int8 too cost an untrained ViT a tenth of its labels, and twice the time.
+# What has weights, and what only moves or compares numbers and so stays int8 between them. Norms, softmax and products
+# of activations in int8 too cost an untrained ViT a tenth of its labels, and twice the time.
 _QUANTISED = (
     *("Conv", "Gemm", "MatMul", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool"),
     *("Concat", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
