@@ -36,8 +36,9 @@ def main() -> None:
     bundle = Bundle.open(sys.argv[1])
     engine = open_engine(sys.argv[3] if len(sys.argv) > 3 else "onnx", bundle)
     state, draw = bundle.initial_state(), np.random.default_rng(0)
-    thresholds = bundle.initial_thresholds()
+    thresholds = bundle.manifest.layout.join(state)
     engine.begin_round(state, thresholds, thresholds)  # opens the sessions
+    del state  # as a device does: the engine has its own now
     loaded = time.perf_counter() - started
     size = int(sys.argv[2])
     for _ in range(20):

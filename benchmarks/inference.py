@@ -113,8 +113,8 @@ def lane_flops(source: Bundle, proof: Proof) -> float:
     for entry in source.manifest.compaction:
         block = LANES if entry.positions > 1 else 1
         columns: float = entry.n_in
-        if entry.reads is not None:
-            columns *= -(-kept[entry.reads] // block) / -(-whole[entry.reads] // block)
+        for layer in entry.reads:  # one at most in a chain
+            columns *= -(-kept[layer] // block) / -(-whole[layer] // block)
         flops += 2 * entry.positions * columns * -(-kept[entry.layer] // block) * block
     return flops
 

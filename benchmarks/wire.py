@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import safetensors.numpy
 import typer
-from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.layout import Layer, ThresholdLayout
 from spafl.manifest import InputSpec, Manifest, StateTensor, TrainStep
 from spafl.protocol import EnrolmentRequest, LeaseRequest, Metrics, RunSettings
+from spafl.secret import Secret
 from spafl.wire import Precision, Thresholds, encode_thresholds
 from trainer.demo.meter import Meter
 
@@ -106,7 +106,7 @@ def measure(devices: int, rounds: int) -> list[Cost]:
     """Returns the cost in each precision, of one run of `rounds` with every device in every round."""
     with TemporaryDirectory(prefix="spafl-wire-") as folder, serving(Path(folder)) as up:
         bundle = lenet5_bundle(Path(folder) / "lenet5.zip")
-        with OperatorClient(up["url"], SecretStr(up["admin_token"])) as operator:
+        with OperatorClient(up["url"], Secret(up["admin_token"])) as operator:
             operator.upload(bundle.path)
             for precision in BARS:
                 settings = RunSettings(
@@ -116,14 +116,14 @@ def measure(devices: int, rounds: int) -> list[Cost]:
                 operator.steer(precision, "start")
         with Client(up["url"]) as client:
             identities = [
-                client.enrol(SecretStr(up["enrolment_key"]), EnrolmentRequest()) for _ in range(devices)
+                client.enrol(Secret(up["enrolment_key"]), EnrolmentRequest()) for _ in range(devices)
             ]
         port = urlsplit(up["url"]).port or 0
         tokens = {identity.device: identity.token for identity in identities}
         return [asyncio.run(_metered(port, precision, tokens, rounds)) for precision in BARS]
 
 
-async def _metered(port: int, precision: Precision, tokens: dict[str, SecretStr], rounds: int) -> Cost:
+async def _metered(port: int, precision: Precision, tokens: dict[str, Secret], rounds: int) -> Cost:
     async with Meter(port) as meter:
         clients = {device: Client(meter.url, token) for device, token in tokens.items()}
         for _ in range(rounds):
@@ -166,7 +166,7 @@ def _take_part(client: Client, run: str, device: str) -> None:
         steps=50,
         seconds=1.234,
     )
-    client.report(run, lease.round, device, body, metrics.model_dump_json(exclude_none=True))
+    client.report(run, lease.round, device, body, json.dumps(metrics.present()))
 
 
 def show(costs: list[Cost], devices: int, rounds: int) -> None:

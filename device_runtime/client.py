@@ -13,7 +13,6 @@ from typing import Self, TypeVar
 from urllib.parse import quote
 
 import httpx2
-from pydantic import SecretStr, ValidationError
 
 from device_runtime.errors import BadAnswer, Unreachable
 from device_runtime.journal import Identity
@@ -29,16 +28,17 @@ from spafl.protocol import (
     EnrolmentRequest,
     Lease,
     LeaseRequest,
-    Message,
     RunView,
 )
+from spafl.record import Record, RecordError
+from spafl.secret import Secret
 from spafl.wire import MEDIA_TYPE, Thresholds, decode_thresholds, max_body_bytes
 
 TIMEOUT = httpx2.Timeout(connect=10.0, read=30.0, write=30.0, pool=10.0)
 MAX_WAIT = 60.0
 """Seconds a request waits for a server that names a time; a later one is the caller's to plan."""
 
-_Message = TypeVar("_Message", bound=Message)
+_Answer = TypeVar("_Answer", bound=Record)
 
 
 class Client:
@@ -54,7 +54,7 @@ class Client:
     def __init__(
         self,
         server: str,
-        token: SecretStr | None = None,
+        token: Secret | None = None,
         *,
         transport: httpx2.BaseTransport | None = None,
         timeout: httpx2.Timeout = TIMEOUT,
@@ -97,7 +97,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def enrol(self, key: SecretStr, request: EnrolmentRequest) -> Identity:
+    def enrol(self, key: Secret, request: EnrolmentRequest) -> Identity:
         """Returns the new device and its token, got with an enrolment key.
 
         Raises:
@@ -105,7 +105,7 @@ class Client:
         """
         # a repeated enrolment is another device: only repeat what surely did not arrive
         answer = self._json("POST", "/devices", request, Enrolment, token=key, repeatable=False)
-        return Identity(server=self.server, device=answer.device, token=SecretStr(answer.token))
+        return Identity(server=self.server, device=answer.device, token=Secret(answer.token))
 
     def run(self, run: str) -> RunView:
         """Returns what the server says about `run`.
@@ -166,7 +166,7 @@ class Client:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         limit: int = MAX_JSON_BYTES,
-        token: SecretStr | None = None,
+        token: Secret | None = None,
         repeatable: bool = True,
     ) -> bytes:
         """Returns the body of the successful answer to a request, repeated with backoff while that can help.
@@ -209,7 +209,7 @@ class Client:
         *,
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-        token: SecretStr | None = None,
+        token: Secret | None = None,
     ) -> Iterator[httpx2.Response]:
         """Yields one answer below 400, its body unread; asks once.
 
@@ -232,13 +232,13 @@ class Client:
         self,
         method: str,
         path: str,
-        message: Message | None,
-        answer: type[_Message],
+        message: Record | None,
+        answer: type[_Answer],
         *,
-        token: SecretStr | None = None,
+        token: Secret | None = None,
         repeatable: bool = True,
-    ) -> _Message:
-        content = None if message is None else message.model_dump_json().encode()
+    ) -> _Answer:
+        content = None if message is None else message.to_text().encode()
         headers = {"Accept": "application/json"}
         if content is not None:
             headers["Content-Type"] = "application/json"
@@ -246,21 +246,18 @@ class Client:
             method, path, content=content, headers=headers, token=token, repeatable=repeatable
         )
         try:
-            return answer.model_validate_json(body)
-        except ValidationError as error:
-            # without the input: an enrolment's holds the token
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "body"
+            return answer.from_text(body)
+        except RecordError as error:
             raise BadAnswer(
-                f"{method} {path}: not the {answer.__name__} expected ({where}: {first['msg']}): is {self.server} a "
+                f"{method} {path}: not the {answer.__name__} expected ({error}): is {self.server} a "
                 "spafl server of this version?"
             ) from None
 
 
-def _bearer(secret: SecretStr | None) -> dict[str, str]:
+def _bearer(secret: Secret | None) -> dict[str, str]:
     if secret is None:
         return {}
-    value = secret.get_secret_value()
+    value = secret.reveal()
     if not (
         value.isascii() and value.isprintable() and value
     ):  # else the HTTP library would quote it in its error

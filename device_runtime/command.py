@@ -12,12 +12,11 @@ from device_runtime.engine_command import build_executorch, engines, install_ort
 from device_runtime.report import print_facts
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from device_runtime.journal import Identity
     from device_runtime.report import Report
     from device_runtime.state import DeviceState
     from device_runtime.watch import Watch
+    from spafl.secret import Secret
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -165,8 +164,6 @@ def train(
     json: Json = False,
 ) -> None:
     """Train alone, without a server: the same engine and rounds, and thresholds nobody averages."""
-    from pydantic import ValidationError
-
     from device_runtime.data import load_data
     from device_runtime.engines import open_engine, require_engine
     from device_runtime.local import adopt, train_locally
@@ -174,9 +171,10 @@ def train(
     from spafl.bundle import Bundle
     from spafl.errors import SettingsError
     from spafl.hyperparameters import Hyperparameters
+    from spafl.record import RecordError
 
     try:
-        hyperparameters = Hyperparameters.model_validate(
+        hyperparameters = Hyperparameters.from_json(
             {
                 "epochs": epochs,
                 "batch_size": batch_size,
@@ -189,9 +187,8 @@ def train(
                 "clip": clip,
             }
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+    except RecordError as error:
+        raise SettingsError(f"--{error.path[0].replace('_', '-')}: {error.problem}") from error
     require_engine(engine)
     with _working(state, json) as (opened, watch, report):
         held = adopt(opened, Bundle.open(bundle))
@@ -218,11 +215,10 @@ def status(state: State, json: Json = False) -> None:
 
     identity, journal = read_identity(state), read_journal(state)
     facts: dict[str, object] = {"state": str(state)}
-    facts |= identity.model_dump(exclude={"token"}) if identity else {"device": None}
+    facts |= {"server": identity.server, "device": identity.device} if identity else {"device": None}
     if journal is not None:
-        facts |= journal.model_dump(
-            include={"run", "bundle", "phase", "version", "trained", "updates", "late"}
-        )
+        shown = ("run", "bundle", "phase", "version", "trained", "updates", "late")
+        facts |= {name: getattr(journal, name) for name in shown}
         facts["round"] = journal.lease.round if journal.lease else None
     if journal is not None and journal.state is not None:
         _, bundle, tensors = snapshot(state)
@@ -311,11 +307,12 @@ def compact(
         folder, name = out or state / "program", program.MODEL
         with program.service(programs, token_file) as client:
             proof = program.compact(bundle, tensors, folder, inputs, client, threads=threads)
-    facts = {"model": str(folder / name), **proof.model_dump()}
+    facts = {"model": str(folder / name), **proof.to_json()}
     if not json:  # a line per layer reads better than a list of them
         del facts["layers"], facts["precision"]
         if proof.precision is not None:
-            facts[proof.precision.kind] = proof.precision.model_dump(exclude={"kind"})
+            told = proof.precision.to_json()
+            facts[told.pop("kind")] = told
         facts |= {entry.layer: f"{entry.total} => {entry.kept}  {entry.reason}" for entry in proof.layers}
     print_facts(facts, json=json)
 
@@ -393,28 +390,26 @@ def _working(state: Path, json: bool) -> Iterator[tuple["DeviceState", "Watch", 
             ) from error
 
 
-def _enrol(state: "DeviceState", server: str, key: "SecretStr", name: str | None, engine: str) -> "Identity":
-    from pydantic import ValidationError
-
+def _enrol(state: "DeviceState", server: str, key: "Secret", name: str | None, engine: str) -> "Identity":
     from device_runtime.agent import capabilities
     from device_runtime.client import Client
     from spafl.errors import SettingsError
     from spafl.protocol import EnrolmentRequest
+    from spafl.record import RecordError
 
     try:
         request = EnrolmentRequest(name=name, capabilities=capabilities(engine))
-    except ValidationError as error:
-        raise SettingsError(f"--name {name!r}: {error.errors()[0]['msg']}") from error
+    except RecordError as error:
+        raise SettingsError(f"--name {name!r}: {error.problem}") from error
     with Client(server) as client:
         identity = client.enrol(key, request)
     state.enrolled(identity)
     return identity
 
 
-def _secret(key: str | None, file: Path | None) -> "SecretStr":
-    from pydantic import SecretStr
-
+def _secret(key: str | None, file: Path | None) -> "Secret":
     from spafl.errors import SettingsError
+    from spafl.secret import Secret
 
     if file is not None:
         try:
@@ -423,4 +418,4 @@ def _secret(key: str | None, file: Path | None) -> "SecretStr":
             raise SettingsError(f"cannot read the enrolment key from {file}: {error}") from error
     if not key:
         raise SettingsError("no enrolment key: set SPAFL_ENROLMENT_KEY, or give --key-file or --key")
-    return SecretStr(key)
+    return Secret(key)

@@ -4,18 +4,22 @@ onnxruntime does the cutting: `infer.onnx` selects the active channels of the we
 does that once, and what is saved afterwards holds only what is left. No torch, no protobuf, any language's runtime.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from device_runtime.conversion import Conversion, at_opset, converted
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.onnx import logits, options, session, supply_state
+from spafl.algorithm import mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
-from spafl.program import mask_of
 from spafl.proof import PROOF, Candidate, Proof, measure_precision, prove
+from spafl.rows import infer_graph
 
 MODEL = "model.onnx"
 UNCONVERTED = Conversion()
@@ -30,12 +34,14 @@ def compact(
     conversion: Conversion = UNCONVERTED,
     threads: int = 1,
     runs: int = 200,
+    multiple: int = 1,
 ) -> Proof:
     """Returns the proof for the compact model written to `out`/model.onnx, with the proof as `out`/proof.json.
 
     examples     (n, *shape) float32, n >= 1: real inputs to compare both models on; at most the first 512 are used
     conversion   what the compact model is turned into, once it is proven: that is what is written then
     runs         of each model for its latency
+    multiple     keep as many filters of a layer as this divides, pruned ones as zeros: runtimes compute lanes full
 
     Raises:
         BundleError: the state is not one of this bundle's model.
@@ -51,8 +57,9 @@ def compact(
     small, whole, told = out / f"{MODEL}.part", out / "masked.part", out / f"{PROOF}.part"
     other = out / "converted.part"
     try:
-        _save(bundle, "infer", state, small, threads)
-        _save(bundle, "masked", state, whole, threads)
+        graphs = bundle.manifest.engines["onnx"].files
+        _save(*infer_graph(bundle.read(graphs["infer"]), manifest, state, multiple), small, threads)
+        _save(bundle.read(graphs["masked"]), state, whole, threads)
         if conversion.opset is not None:
             small.write_bytes(at_opset(small.read_bytes(), conversion.opset))
         proof = prove(
@@ -65,6 +72,7 @@ def compact(
             bundle=bundle.id,
             threads=threads,
             runs=runs,
+            multiple=multiple,
         )
         if not proof.equal:
             raise EngineError(proof.refusal())
@@ -80,9 +88,9 @@ def compact(
                 runs=runs,
             )
             conversion.refuse_loss(precision, out)
-            proof = proof.model_copy(update={"precision": precision})
+            proof = dataclasses.replace(proof, precision=precision)
             other.replace(small)
-        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        told.write_text(proof.to_text(indent=2) + "\n")
         told.replace(out / PROOF)
         small.replace(out / MODEL)
     finally:
@@ -102,14 +110,14 @@ def predict(model: Path, x: Floats, *, threads: int = 1) -> Floats:
     return logits(session(str(model), options(threads, spinning=False)), x)
 
 
-def _save(bundle: Bundle, role: str, state: Mapping[str, Floats], path: Path, threads: int) -> None:
-    """Writes a graph of the bundle with `state` worked in, everything constant folded."""
+def _save(graph: bytes, supplied: Mapping[str, NDArray[Any]], path: Path, threads: int) -> None:
+    """Writes a graph of a bundle with what is `supplied` worked in, everything constant folded."""
     chosen = options(threads, spinning=False)
     # BASIC folds everything and writes standard operators only; higher levels bake in this runtime, or this CPU
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     chosen.optimized_model_filepath = str(path)
-    held = supply_state(chosen, state)
-    session(bundle.read(bundle.manifest.engines["onnx"].files[role]), chosen)
+    held = supply_state(chosen, supplied)
+    session(graph, chosen)
     del held  # not before: the session reads it
 
 

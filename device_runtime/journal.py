@@ -1,27 +1,30 @@
 """What a device remembers of itself besides tensors: who it is, and how far it is in which round."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
-
-from spafl.protocol import BundleId, Lease, Message
+from spafl.protocol import BundleId, Lease
+from spafl.record import Limits, Record
+from spafl.secret import Secret
 
 Phase = Literal["idle", "leased", "training", "trained"]
 """idle -> leased -> training -> trained -> idle; a round given up goes back to idle from anywhere."""
 
-Count = Annotated[int, Field(ge=0)]
-StateFile = Annotated[str, Field(pattern=r"^(state|checkpoint)-[0-9]{1,16}\.safetensors$")]
+Count = Annotated[int, Limits(ge=0)]
+StateFile = Annotated[str, Limits(pattern=r"^(state|checkpoint)-[0-9]{1,16}\.safetensors$")]
 
 
-class Identity(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity(Record):
     """A device as one server knows it. The token shows as stars wherever this is printed."""
 
     server: str
     device: str
-    token: SecretStr
+    token: Secret
 
 
-class Progress(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(Record):
     """How far local training is: the next batch is number `batch` of epoch `epoch`, both from 0.
 
     seed                      of the order of the batches, kept so that a resumed epoch is the same epoch
@@ -39,11 +42,12 @@ class Progress(Message):
     loss: float = 0.0
     steps: Count = 0
     dropped: Count = 0
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    seconds: Annotated[float, Limits(ge=0)] = 0.0
     collapsed: tuple[str, ...] = ()
 
 
-class Journal(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Journal(Record):
     """The one small file that says which of the others count; replaced as a whole, never edited.
 
     state        file of the model at rest; None while it is still the bundle's initial state

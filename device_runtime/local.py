@@ -71,6 +71,7 @@ def train_locally(
             tensors, _ = state.rest(bundle)
             own = bundle.manifest.layout.join(tensors)
             local_round.begin(tensors, own, own, seed)
+            del tensors  # the engine has its own now
         try:
             local_round.run()
         except Diverged:

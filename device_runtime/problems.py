@@ -3,7 +3,6 @@
 import time
 
 import httpx2
-from pydantic import ValidationError
 
 from device_runtime.errors import (
     BadAnswer,
@@ -20,6 +19,7 @@ from device_runtime.errors import (
 )
 from device_runtime.retry import retry_after_seconds
 from spafl.protocol import Problem
+from spafl.record import RecordError
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -73,7 +73,7 @@ def refusal(response: httpx2.Response) -> ServerError:
 
 def _problem(body: bytes) -> tuple[str, str]:
     try:
-        problem = Problem.model_validate_json(body)
-    except ValidationError:
+        problem = Problem.from_text(body)
+    except RecordError:
         return "", ""
     return problem.type.rpartition(":")[2][:64], problem.detail[:500]

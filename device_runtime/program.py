@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
-from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.engines import executorch_program
 from device_runtime.engines.engine import EngineError
 from device_runtime.engines.executorch_library import RELEASE
 from device_runtime.errors import BadAnswer
+from spafl.algorithm import Mask, decided, mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.errors import SettingsError, WireError
 from spafl.layout import Floats
@@ -26,14 +26,12 @@ from spafl.program import (
     PROGRAM_MEDIA_TYPE,
     TOKEN_VARIABLE,
     HollowProgram,
-    Mask,
-    decided,
     decode_program,
     encode_mask,
     mask_digest,
-    mask_of,
 )
 from spafl.proof import PROOF, Candidate, Proof, prove
+from spafl.secret import Secret
 
 MODEL = "model.pte"
 METHOD = "forward"
@@ -57,7 +55,7 @@ def service(url: str, token_file: Path | None = None) -> Client:
             raise SettingsError(f"cannot read the token from {token_file}: {error}") from error
         if not token:
             raise SettingsError(f"{token_file} holds no token")
-    return Client(url, SecretStr(token) if token else None, timeout=TIMEOUT)
+    return Client(url, Secret(token) if token else None, timeout=TIMEOUT)
 
 
 def ask(client: Client, bundle: Bundle, mask: Mask) -> HollowProgram:
@@ -153,7 +151,7 @@ def compact(
     out.mkdir(parents=True, exist_ok=True)
     part, told = out / f"{MODEL}.part", out / f"{PROOF}.part"
     try:
-        told.write_text(proof.model_dump_json(indent=2) + "\n")
+        told.write_text(proof.to_text(indent=2) + "\n")
         part.write_bytes(model)
         told.replace(out / PROOF)
         part.replace(out / MODEL)

@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self, TypeAlias, TypeVar
@@ -27,7 +28,6 @@ from typing import IO, Any, Literal, Self, TypeAlias, TypeVar
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from device_runtime.errors import StateError, StateInUse
@@ -36,6 +36,7 @@ from spafl.bundle import Bundle, check_state
 from spafl.errors import BundleError
 from spafl.layout import Floats
 from spafl.protocol import Lease
+from spafl.record import RecordError
 
 BASE = "base"
 _JOURNAL = "journal.json"
@@ -94,7 +95,7 @@ class DeviceState:
 
     def enrolled(self, identity: Identity) -> None:
         """Returns nothing; the device is `identity` from now on."""
-        secret = {**identity.model_dump(), "token": identity.token.get_secret_value()}
+        secret = {**identity.to_json(), "token": identity.token.reveal()}
         _replace(self.path / _IDENTITY, json.dumps(secret, indent=1).encode())
         self.identity = identity
 
@@ -211,9 +212,8 @@ class DeviceState:
         return name
 
     def _commit(self, journal: Journal, **changes: Any) -> None:
-        changed = {**dict(journal), **changes, "sequence": journal.sequence + 1}
-        self._journal = Journal.model_validate(changed)
-        _replace(self.path / _JOURNAL, self._journal.model_dump_json(indent=1).encode())
+        self._journal = replace(journal, **changes, sequence=journal.sequence + 1)
+        _replace(self.path / _JOURNAL, self._journal.to_text(indent=1).encode())
         self._sweep()
 
     def _sweep(self) -> None:
@@ -250,7 +250,8 @@ def read_rest(path: Path, journal: Journal, bundle: Bundle) -> tuple[dict[str, F
     if bundle.id != journal.bundle:
         raise StateError(f"{path} holds a model of bundle {journal.bundle[:12]}, not {bundle.id[:12]}")
     if journal.state is None:
-        return bundle.initial_state(), bundle.initial_thresholds()
+        initial = bundle.initial_state()
+        return initial, bundle.manifest.layout.join(initial)
     tensors, base = _load(path / journal.state)
     try:
         check_state(bundle.manifest, tensors)
@@ -281,17 +282,15 @@ def snapshot(path: Path) -> tuple[Journal, Bundle, dict[str, Floats]]:
 
 def _read(file: Path, model: type[_Model]) -> _Model | None:
     try:
-        return model.model_validate_json(file.read_bytes())
+        return model.from_text(file.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StateError(f"cannot read {file}: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]  # the input may hold the token
-        where = ".".join(str(part) for part in first["loc"]) or "it"
+    except RecordError as error:
         raise StateError(
-            f"{file} is damaged or of another version ({where}: {first['msg']}): restore it, or move the state "
-            "directory away and enrol again"
+            f"{file} is damaged or of another version ({error}): restore it, or move the state directory away and "
+            "enrol again"
         ) from None
 
 

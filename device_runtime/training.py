@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class LocalRound:
             self._epoch(epoch, hyperparameters)
         tensors = self._engine.end_round()
         self._check(tensors)
-        metrics = self._metrics(tensors).model_dump(mode="json", exclude_none=True)
+        metrics = self._metrics(tensors).present()
         # ASCII, as a header must be: layer names need not be
         self._state.trained(tensors, self._base, json.dumps(metrics, separators=(",", ":")))
         self._report.event(
@@ -191,8 +192,8 @@ class LocalRound:
             collapsed=at.collapsed,
         )
 
-    def _advance(self, **changes: float) -> None:
-        self._progress = self._progress.model_copy(update=changes)
+    def _advance(self, **changes: Any) -> None:
+        self._progress = replace(self._progress, **changes)
 
 
 def update_body(manifest: Manifest, tensors: dict[str, Floats], version: int, precision: Precision) -> bytes:

@@ -2,7 +2,7 @@
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.channels import Group
 from export.compact import CompactModel
-from export.flow import ChannelFlows
+from export.depthwise import with_widths
+from export.flow import ChannelFlows, Convolution, Layer
 from export.inference import infer_graph, masked_graph
 from export.lowering import IR_VERSION, OPSET
 from export.parity import Check, check_parity, to_bytes
@@ -26,7 +28,7 @@ from spafl import __version__
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.errors import SettingsError
 from spafl.layout import Floats
-from spafl.manifest import Compaction, EngineFiles, InputSpec, Manifest
+from spafl.manifest import Compaction, EngineFiles, FileEntry, InputSpec, Manifest
 from spafl.ort_training import find_python
 from trainer.masked import Masked
 from trainer.sparsify import layout_of
@@ -82,20 +84,21 @@ def export_bundle(
     model = model.cpu().float()
     shape = input.shape
     layout = layout_of(model, "n_in" if conv_divisor == "n_in" else "kernel")
-    training = CompactModel(model, shape, dropped=lambda flow: rows and flow.exact)
+    training = CompactModel(model, shape, dropped=lambda group: rows and group.exact, training=True)
     tensors, step = state_tensors(model, training), form(training)
     graphs: dict[str, onnx.ModelProto] = {}
     with stage("train step"):
-        graphs["train_step"] = train_step_graph(training.for_training(), tensors, shape)
+        graphs["train_step"] = train_step_graph(training, tensors, shape)
     with stage("begin and end of a round"):
-        graphs["begin_round"] = begin_round_graph(layout, tensors)
+        graphs["begin_round"] = begin_round_graph(layout, tensors, training.dropped)
         graphs["end_round"] = end_round_graph(layout, tensors)
     with stage("inference"):
-        inferring = CompactModel(model, shape, dropped=lambda flow: flow.drops).for_inference()
+        inferring = CompactModel(model, shape, dropped=lambda group: group.drops)
         graphs["infer"] = infer_graph(inferring, layout, tensors, shape)
         graphs["masked"] = masked_graph(model, tensors, shape)
     state = {tensor.name: model.state_dict()[tensor.name].numpy() for tensor in tensors}
     files = {f"{role}.onnx": graphs[role].SerializeToString(deterministic=True) for role in ROLES}
+    files["infer.onnx"], widths = with_widths(files["infer.onnx"], inferring.depthwise)
     by_engine = {"onnx": _engine(graphs)}
     for engine, made_by in others.items():
         with stage(f"{engine} programs"):
@@ -109,9 +112,9 @@ def export_bundle(
         labels=labels,
         options=options or {},
         train_step=step,
-        compaction=tuple(_compaction(ChannelFlows(model, shape))),
+        compaction=compaction_of(inferring, widths),
         engines=by_engine,
-        files={file: {"bytes": 0, "sha256": "0" * 64} for file in files},
+        files=dict.fromkeys(files, FileEntry(bytes=0, sha256="0" * 64)),
         producer=_producer(),
     )
     checks: tuple[Check, ...] = ()
@@ -123,21 +126,46 @@ def export_bundle(
     return Export(write_bundle(out, manifest, files), checks)
 
 
-def _compaction(flows: ChannelFlows) -> Iterator[Compaction]:
-    for name, module in flows.modules.items():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or name not in flows.positions:
-            continue
-        flow, source = flows.by_layer.get(name), flows.sources.get(name)
-        masked = isinstance(module, Masked)
-        yield Compaction(
-            layer=name,
-            out=len(module.weight),
-            n_in=module.weight[0].numel(),
-            positions=flows.positions[name],
-            reads=source[0].layer if source else None,
-            drops=flow is not None and flow.drops,
-            reason=(flow.refusal or "pruned channels are left out") if flow and masked else "not masked",
-        )
+def compaction_of(compact: CompactModel, widths: Mapping[str, int] | None = None) -> tuple[Compaction, ...]:
+    """Returns what is to be known of each layer with weights, of a model rewired for inference.
+
+    widths   where numbers of channels stand in `infer.onnx`, by layer
+    """
+    return tuple(_entry(compact.flows, name, (widths or {}).get(name)) for name in compact.flows.positions)
+
+
+def _entry(flows: ChannelFlows, name: str, width_at: int | None) -> Compaction:
+    module = flows.modules[name]
+    assert isinstance(module, Layer)
+    out, n_in = len(module.weight), module.weight[0].numel()
+    groups = module.groups if isinstance(module, Convolution) else 1
+    made = flows.channels[flows.nodes[name]].parts[0].group
+    reads: dict[str, int] = {}
+    if name in flows.sources and name not in made.depthwise:
+        held = flows.channels[flows.sources[name]]
+        kernel = module.weight[0, 0].numel()
+        for part in held.parts:
+            if part.group.drops:
+                reads[part.group.name] = reads.get(part.group.name, 0) + part.columns * kernel
+    return Compaction(
+        layer=name,
+        out=out,
+        n_in=n_in,
+        positions=flows.positions[name],
+        reads=reads,
+        groups=groups if reads else 1,
+        drops=made.drops,
+        live=tuple(sorted(tuple(sorted(layers)) for layers in made.live)) if made.drops else (),
+        blocks=made.blocks if made.drops else 1,
+        width_at=width_at,
+        reason=_reason(module, made),
+    )
+
+
+def _reason(module: Layer, made: Group) -> str:
+    if made.drops:
+        return "pruned channels are left out"
+    return str(made.refusal) if isinstance(module, Masked) else "not masked"
 
 
 def _engine(graphs: dict[str, onnx.ModelProto]) -> EngineFiles:

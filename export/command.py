@@ -248,7 +248,7 @@ def _summary(result: Export, out: Path, seconds: float) -> dict[str, object]:
         "layout": manifest.layout.id,
         "thresholds": manifest.layout.size,
         "weights": sum(entry.out * entry.n_in for entry in manifest.compaction),
-        "train_step": manifest.train_step.model_dump(),
+        "train_step": manifest.train_step.to_json(),
         "checks": [_check(check) for check in result.checks],
         "seconds": round(seconds, 2),
     }

@@ -22,26 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.build import _compaction
+from export.build import compaction_of
 from export.compact import CompactModel
 from export.decompositions import LoweringError
 from export.executorch_programs import RELEASE
 from export.folding import Folding
 from export.lowering import quiet, root_cause
 from export.training import state_tensors
+from spafl.algorithm import Mask, decided, mask_of
 from spafl.bundle import check_state
 from spafl.errors import SettingsError
 from spafl.layout import Floats
 from spafl.manifest import InputSpec, Manifest, TrainStep
-from spafl.program import (
-    HollowProgram,
-    Mask,
-    decided,
-    encode_mask,
-    hollow,
-    mask_digest,
-    mask_of,
-)
+from spafl.program import HollowProgram, encode_mask, hollow, mask_digest
 from spafl.proof import PROOF, Candidate, Proof, prove
 from trainer.sparsify import layout_of
 
@@ -159,7 +152,7 @@ def write_program(
     out.parent.mkdir(parents=True, exist_ok=True)
     proof_part, part = (out.with_name(f"{out.name}{ending}.part") for ending in (f".{PROOF}", ""))
     try:
-        proof_part.write_text(proof.model_dump_json(indent=2) + "\n")
+        proof_part.write_text(proof.to_text(indent=2) + "\n")
         part.write_bytes(small)
         proof_part.replace(proof_path(out))
         part.replace(out)
@@ -175,7 +168,7 @@ def source_manifest(model: nn.Module, spec: InputSpec, labels: tuple[str, ...]) 
     Raises:
         LoweringError: it holds something that devices cannot keep.
     """
-    whole = CompactModel(model, spec.shape, dropped=lambda flow: False)
+    whole = CompactModel(model, spec.shape, dropped=lambda group: False)
     return Manifest(
         name="source",
         layout=layout_of(model),
@@ -183,7 +176,7 @@ def source_manifest(model: nn.Module, spec: InputSpec, labels: tuple[str, ...]) 
         input=spec,
         labels=labels,
         train_step=TrainStep(form="dense", reason="not exported"),
-        compaction=tuple(_compaction(whole.flows)),
+        compaction=compaction_of(whole),
         engines={},
         files={},
         producer={},

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.overrides import TorchFunctionMode
 
+from export.depthwise import TRANSLATION as DEPTHWISE
 from spafl.errors import SpaflError
 
 aten = torch.ops.aten
@@ -355,4 +356,5 @@ TRANSLATIONS: dict[Callable[..., Any], Any] = {
     aten.sgn.default: _sign,
     aten.max_pool2d_with_indices.default: _max_pool,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    **DEPTHWISE,
 }

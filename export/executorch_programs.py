@@ -8,6 +8,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -83,9 +84,9 @@ def train_step_program(
               each trained one
     Outputs   loss (), correct () int64, the next state tensors and momenta; each may be written over its input
     """
-    whole = [tensor.model_copy(update={"rows": False}) for tensor in tensors]
+    whole = [replace(tensor, rows=False) for tensor in tensors]
     step = flat_step(
-        CompactModel(model, shape, dropped=lambda flow: False).for_training(), tuple(whole), shape
+        CompactModel(model, shape, dropped=lambda group: False, training=True), tuple(whole), shape
     )
     names = list(step.inputs)
     in_place = [

@@ -1,273 +1,305 @@
-"""Where the channels of each masked layer go: who reads them, and what a pruned channel is by then.
+"""Which channels of a model's values stay or go together, and what one that is left out would be.
 
-A pruned filter can be left out of training or inference only if everything that reads its channel can do without.
-This follows each masked layer's output through the traced model to the layers that read it, and says why not where
-it cannot be left out.
+One walk through the traced model. Every layer starts a group of channels; whatever passes channels on one by one keeps
+them in their group; sums join groups; whatever would notice that a channel is missing makes its whole group stay, and
+says why.
 """
 
 import copy
+import dataclasses
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from export import operations as ops
+from export.channels import Channels, Group, Part, both, either, moved, reshaped, without
+from export.groups import Groups, called, reads_shape, shape_of, tensors
+from export.joins import attend, join, line_up, multiply
 from trainer.graph import calls, trace
 from trainer.masked import Masked
 from trainer.norm import GatedBatchNorm
-from trainer.sparsify import masked_layers
 
-_RELU = (nn.ReLU, F.relu, torch.relu, "relu")
-_ZERO_AT_ZERO = (
-    *_RELU,
-    *(nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Identity),
-    *(F.relu6, F.gelu, F.silu, F.elu, F.leaky_relu, F.hardswish, F.tanh, torch.tanh, "tanh"),
-)
-_ELSEWHERE = (
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Softplus,
-    F.sigmoid,
-    torch.sigmoid,
-    F.hardsigmoid,
-    F.softplus,
-    "sigmoid",
-)
-_MAX_POOLS = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d)
-_AVERAGE_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-_BY_AXIS = (torch.flatten, "flatten")
-_FLATTENS = (nn.Flatten, *_BY_AXIS, "view", "reshape", torch.reshape)
-_CHANNELWISE = (*_ZERO_AT_ZERO, *_ELSEWHERE, *_MAX_POOLS, *_AVERAGE_POOLS)
-_AVERAGE_OPTIONS = (
-    "input",
-    "kernel_size",
-    "stride",
-    "padding",
-    "ceil_mode",
-    "count_include_pad",
-    "divisor_override",
-)
+Convolution = nn.Conv1d | nn.Conv2d
+Layer = nn.Conv1d | nn.Conv2d | nn.Linear
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
-
-@dataclass(frozen=True)
-class Reader:
-    """A layer that reads another's channels.
-
-    name     its module path
-    columns  how many columns of its weight one channel feeds: the positions a flatten lined up, else 1
-    padded   whether it pads with zeros, so that a constant channel is not constant to it
-    path     the calls a channel passes on its way here, in order, the source's norm not among them
-    """
-
-    name: str
-    columns: int
-    padded: bool
-    path: tuple[fx.Node, ...]
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The channels of one masked layer on their way to their readers.
-
-    norm      module path of the batch norm right behind the layer
-    refusal   why pruned channels cannot be left out; None if they can
-    exact     a pruned channel is 0 at every reader and gets no task gradient: it can be left out of training too
-    """
-
-    layer: str
-    norm: str | None
-    readers: tuple[Reader, ...]
-    refusal: str | None
-    exact: bool
-
-    @property
-    def drops(self) -> bool:
-        """Returns whether compaction leaves pruned channels out."""
-        return self.refusal is None
+UNMASKED = "its filters are not masked"
+DEPTHWISE = "a depthwise convolution's number of groups is fixed in the graph"
+GROUPED = "a grouped convolution ties channels to groups"
 
 
 class ChannelFlows:
-    """The flows of all masked layers of a sparsified model, followed on an example of `shape`.
+    """The channels of a sparsified model's values, followed on an example of `shape`.
 
-    by_layer    flow by masked layer
-    positions   outputs per filter and example, by layer with weights
+    root        a copy of the model, in training or evaluation mode
+    graph       the same as a module that calls the copy's layers; where a reshape or an attention call named a number
+                of channels, it now takes as many as there are
+    modules     of the copy, by path; nodes their calls
+    groups      what is done to them on the way
+    channels    by node of the graph, where they are followed
+    sources     by path of a layer or norm that reads channels, the node it reads
+    by_layer    group by masked layer
+    positions   outputs per filter and example, by layer
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        # in eval mode: a training pass would move the norms' statistics
-        graph = trace(copy.deepcopy(model).eval())
-        ShapeProp(graph).propagate(torch.zeros(2, *shape))
-        self.modules = dict(model.named_modules())
-        nodes = calls(graph.graph)
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], *, training: bool = False) -> None:
+        self.root = copy.deepcopy(model).train(training)
+        self.graph = trace(self.root)
+        # a training pass would move the norms' statistics
+        self.root.eval()
+        ShapeProp(self.graph).propagate(torch.zeros(2, *shape))
+        self.root.train(training)
+        self.modules = dict(self.root.named_modules())
+        self.nodes = nodes = calls(self.graph.graph)
         self.positions = {
-            name: _positions(_shape(node), self.modules[name])
+            name: _positions(shape_of(node), self.modules[name])
             for name, node in nodes.items()
-            if isinstance(self.modules[name], nn.Conv2d | nn.Linear)
+            if isinstance(self.modules[name], Layer)
         }
+        self.groups = Groups()
+        self.channels = self.groups.channels
+        self.sources: dict[str, fx.Node] = {}
+        for node in list(self.graph.graph.nodes):
+            self._visit(node)
+        self.graph.graph.eliminate_dead_code()
+        for node in self.channels:
+            self._watch_sizes(node)
         self.by_layer = {
-            name: self._follow(name, nodes[name]) for name in masked_layers(model) if name in nodes
+            layer: group
+            for channels in self.channels.values()
+            for group in channels.groups
+            for layer in group.layers
         }
+        order = list(nodes)
+        for group in self.by_layer.values():
+            group.layers.sort(key=order.index)
+            if not group.readers and not group.refusals:
+                group.refusals.setdefault("no layer reads it")
+        self.graph.recompile()
 
-    @cached_property
-    def sources(self) -> dict[str, tuple[Flow, Reader]]:
-        """Returns, by reader, the droppable flow whose channels it reads, and how."""
-        return {
-            reader.name: (flow, reader)
-            for flow in self.by_layer.values()
-            if flow.drops
-            for reader in flow.readers
-        }
-
-    def _follow(self, layer: str, start: fx.Node) -> Flow:
-        module: Masked = self.modules[layer]
-        norm, readers, refusals = None, [], []
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
-            refusals.append("a grouped convolution ties its filters to groups of input channels")
-        if isinstance(module, nn.Linear) and len(_shape(start)) != 2:
-            refusals.append(f"its output of shape {_shape(start)} has its filters on the last axis")
-        frontier: list[tuple[fx.Node, int, tuple[fx.Node, ...]]] = [(start, 1, ())]
-        for node, columns, path in frontier:
-            for user in node.users:
-                kind = self._kind(user)
-                if user.op == "output":
-                    refusals.append("its output is the model's output")
-                elif isinstance(kind, nn.Conv2d | nn.Linear):
-                    refusal = self._unreadable(kind, node)
-                    refusals.extend([f"{user.target}: {refusal}"] if refusal else [])
-                    padded = isinstance(kind, nn.Conv2d) and kind.padding not in ((0, 0), "valid")
-                    readers.append(Reader(str(user.target), columns, padded, path))
-                elif (
-                    isinstance(kind, nn.BatchNorm1d | nn.BatchNorm2d)
-                    and node is start
-                    and len(node.users) == 1
-                ):
-                    norm = str(user.target)
-                    frontier.append((user, columns, path))
-                elif _is(kind, _FLATTENS) and (positions := _flattened(node, user)):
-                    if _fixes_features(user):
-                        refusals.append(f"{user.name} fixes the number of values: write flatten(1) instead")
-                    frontier.append((user, columns * positions, (*path, user)))
-                elif _is(kind, _CHANNELWISE):
-                    frontier.append((user, columns, (*path, user)))
-                elif not _reads_shape(user):
-                    refusals.append(f"{user.name} mixes or moves channels")
-                elif (other := _beside_reshapes(user)) is not None:
-                    refusals.append(f"{other.name} depends on the value's shape")
-        gated = module.gate if norm is None else self._gates(norm)
-        # relu'(0) = 0 cuts the gradient of a channel that is 0 of itself
-        silent = (
-            module.bias is None and norm is None and all(self._passes(reader, _RELU) for reader in readers)
-        )
-        zero = (gated or silent) and not any(self._passes(reader, _ELSEWHERE) for reader in readers)
-        if not zero and any(self._moves_constants(node) for reader in readers for node in reader.path):
-            refusals.append(
-                "behind an average pool with padding or a divisor a constant is another one, or none"
-            )
-        refusal = "; ".join(dict.fromkeys(refusals)) or (None if readers else "no layer reads it")
-        return Flow(layer, norm, tuple(readers), refusal, exact=zero and refusal is None)
-
-    def _passes(self, reader: Reader, kinds: tuple[object, ...]) -> bool:
-        return any(_is(self._kind(node), kinds) for node in reader.path)
-
-    def _gates(self, norm: str | None) -> bool:
-        return norm is not None and isinstance(self.modules[norm], GatedBatchNorm)
-
-    def _kind(self, node: fx.Node) -> object:
+    def kind(self, node: fx.Node) -> object:
         """Returns the called module, function or method name of `node`."""
         return self.modules[str(node.target)] if node.op == "call_module" else node.target
 
-    def _moves_constants(self, node: fx.Node) -> bool:
-        kind = self._kind(node)
-        if kind is F.avg_pool2d:
-            options = {**dict(zip(_AVERAGE_OPTIONS, node.args, strict=False)), **node.kwargs}
-        elif isinstance(kind, nn.AvgPool2d):
-            options = vars(kind)
+    def _visit(self, node: fx.Node) -> None:
+        kind = self.kind(node) if node.op.startswith("call") else None
+        followed = [source for source in node.all_input_nodes if source in self.channels]
+        if node.op == "output":
+            self.groups.stay(followed, "its output is the model's output")
+        elif isinstance(kind, Layer):
+            self._layer(node, kind)
+        elif not followed or reads_shape(node):
+            return
+        elif isinstance(kind, BatchNorm):
+            self._norm(node, kind)
+        elif ops.is_one_of(kind, ops.ARITHMETIC) and len(tensors(node)) == 2:
+            join(self.groups, node, kind)
+        elif ops.is_one_of(kind, ops.ATTENTION):
+            attend(self.groups, node)
+        elif ops.is_one_of(kind, ops.MATMULS):
+            multiply(self.groups, node)
+        elif ops.is_one_of(kind, ops.CATS):
+            line_up(self.groups, node)
+        elif ops.is_one_of(kind, ops.NORMALISING):
+            self.groups.stay(followed, f"{called(node)} normalises over channels")
+        elif ops.moves_constants(kind, node) and not self.channels[followed[0]].zero:
+            self.groups.stay(
+                followed, f"{called(node)}, an average pool with padding or a divisor, changes constants"
+            )
+        elif (passed := self._passed(node, kind)) is not None:
+            self.groups.hold(node, passed)
         else:
-            return False
-        return options.get("padding", 0) not in (0, (0, 0)) or options.get("divisor_override") is not None
+            self.groups.stay(followed, f"{called(node)} mixes or moves channels")
 
-    def _unreadable(self, reader: nn.Conv2d | nn.Linear, value: fx.Node) -> str | None:
-        if isinstance(reader, nn.Conv2d):
-            if reader.groups != 1:
-                return "a grouped convolution ties input channels to output channels"
-            return None if reader.padding_mode == "zeros" else f"padding mode {reader.padding_mode!r}"
-        return None if len(_shape(value)) == 2 else f"a linear layer reads a value of shape {_shape(value)}"
-
-
-def constants(flows: ChannelFlows, flow: Flow, reader: Reader) -> Tensor | None:
-    """Returns what each channel (out,) of `flow`'s layer is at `reader` if its filter is pruned; None: all are 0.
-
-    Computed from the tensors the modules hold when called, so that it can be traced.
-    """
-    if flow.exact:
+    def _passed(self, node: fx.Node, kind: object) -> Channels | None:
+        """Returns the channels of an operation on one value that leaves them apart; None if it does not."""
+        source = node.all_input_nodes[0]
+        if source not in self.channels:
+            return None
+        if node.args and node.args[0] is not source:
+            # a number comes first
+            held = self.channels[source]
+            zero = held.zero and kind is operator.mul
+            return dataclasses.replace(held, zero=zero) if ops.is_one_of(kind, ops.ARITHMETIC) else None
+        held, rank = self.channels[source], len(shape_of(source))
+        if ops.is_one_of(kind, (*ops.RESHAPES, *ops.FLATTENS, *ops.UNFLATTENS, *ops.AXES)):
+            return self._reshaped(node, kind, held)
+        if len(node.all_input_nodes) > 1:
+            return None
+        if ops.is_one_of(kind, ops.ZERO_AT_ZERO):
+            cut = held.cut or (held.zero and ops.is_one_of(kind, ops.RELU))
+            return dataclasses.replace(held, cut=cut)
+        if ops.is_one_of(kind, ops.PRODUCTS):
+            return held
+        if ops.is_one_of(kind, (*ops.ELSEWHERE, *ops.SUMS)):
+            return dataclasses.replace(held, zero=False)
+        if ops.is_one_of(kind, ops.POOLS):
+            return held if held.axis == 1 and held.inner is None and len(shape_of(node)) == rank else None
+        if ops.is_one_of(kind, ops.MEANS):
+            gone = ops.axes_of(node, kind, rank)
+            if gone is None or held.axis in gone or held.inner in gone:
+                return None
+            return held if ops.keeps_axes(node) else without(held, gone)
+        if ops.is_one_of(kind, (*ops.TRANSPOSES, *ops.PERMUTES)):
+            order = ops.permutation(node, kind, rank)
+            return None if order is None else moved(held, [order.index(axis) for axis in range(rank)])
+        if kind is operator.getitem:
+            places = ops.picked(node, rank)
+            return None if places is None else moved(held, places)
         return None
-    layer: Masked = flows.modules[flow.layer]
-    norm = flows.modules[flow.norm] if flow.norm else None
-    value = torch.zeros_like(layer.threshold) if layer.gate or layer.bias is None else layer.bias
-    if isinstance(norm, GatedBatchNorm):
-        value = torch.zeros_like(value)
-    elif isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        value = F.batch_norm(value.unsqueeze(0), *statistics, training=False, eps=norm.eps).squeeze(0)
-    for node in reader.path:
-        kind = flows._kind(node)
-        if not _is(kind, (*_ZERO_AT_ZERO, *_ELSEWHERE)):
-            continue  # pools and flattens leave a constant as it is
-        if isinstance(kind, str):
-            value = getattr(value, kind)()
-        elif callable(kind):
-            options = {key: option for key, option in node.kwargs.items() if key != "inplace"}
-            value = kind(value, *node.args[1:], **options)
-    return value
+
+    def _layer(self, node: fx.Node, layer: Layer) -> None:
+        name, source = str(node.target), node.args[0]
+        assert isinstance(source, fx.Node)
+        convolution = isinstance(layer, Convolution)
+        groups = layer.groups if isinstance(layer, Convolution) else 1
+        read = self.channels.get(source)
+        if read is not None and (refusal := self._unreadable(layer, source)):
+            self.groups.stay([source], f"{name}: {refusal}")
+            read = None
+        if read is not None:
+            self.sources[name] = source
+            self.groups.read(read, name)
+        axis = 1 if convolution else len(shape_of(node)) - 1
+        masked = isinstance(layer, Masked)
+        zero, cut = layer.bias is None, False
+        if isinstance(layer, Masked):
+            zero, cut = zero or layer.gate, layer.gate
+        new = Group(len(layer.weight), layers=[name] if masked else [], others=[] if masked else [name])
+        new.live = frozenset([frozenset([name])])
+        if not masked:
+            new.refusals.setdefault(f"{name}: {UNMASKED}")
+        self.groups.hold(node, Channels(axis, (Part(new),), zero, cut))
+        if groups == 1:
+            return
+        new.audible.setdefault(GROUPED)
+        if read is None:
+            # its filters still belong to groups of channels that it reads whole
+            self.groups.in_blocks(new, groups)
+        elif groups == layer.in_channels == layer.out_channels:
+            self._follow_depthwise(node, layer, read, new)
+        else:
+            for group in (read.single, new):
+                assert group is not None
+                group.audible.setdefault(GROUPED)
+                self.groups.in_blocks(group, groups)
+
+    def _follow_depthwise(self, node: fx.Node, layer: Layer, read: Channels, new: Group) -> None:
+        """Joins the channels a depthwise convolution makes with those it reads: one of each feeds one of the other."""
+        before = read.single
+        assert before is not None
+        name, silent = str(node.target), read.zero or not pads(layer)
+        if not isinstance(layer, Masked):
+            new.refusals.clear()
+            if not silent:
+                new.refusals.setdefault(f"{name}: {UNMASKED}, and it pads what is not zero")
+        if not silent:
+            live = either(before.live, new.live)
+        elif isinstance(layer, Masked) and self.groups.only_read_by(before, node):
+            live = both(before.live, new.live)
+        else:
+            live = before.live
+        # where the layer's own filter is active, its bias is what a channel left out is
+        zero = read.zero and layer.bias is None
+        self.groups.merge(before, new)
+        before.live = live
+        before.depthwise.append(name)
+        before.audible.setdefault(DEPTHWISE)
+        self.channels[node] = dataclasses.replace(self.channels[node], zero=zero, cut=False)
+
+    def _unreadable(self, layer: Layer, source: fx.Node) -> str | None:
+        read, shape = self.channels[source], shape_of(source)
+        axis = 1 if isinstance(layer, Convolution) else len(shape) - 1
+        if read.axis != axis or read.inner is not None:
+            return f"it reads a value of shape {shape} whose channels are on axis {read.axis}"
+        if not isinstance(layer, Convolution) or layer.groups == 1:
+            return None
+        if read.single is None:
+            return "a grouped convolution reads channels of more than one kind"
+        depthwise = layer.groups == layer.in_channels
+        if depthwise and layer.out_channels != layer.in_channels:
+            return f"a depthwise convolution makes {layer.out_channels // layer.in_channels} channels of each"
+        if not depthwise and pads(layer) and not read.zero:
+            return "a grouped convolution pads what is not zero"
+        return None
+
+    def _norm(self, node: fx.Node, norm: BatchNorm) -> None:
+        source, name = node.all_input_nodes[0], str(node.target)
+        held = self.channels[source]
+        if held.axis != 1 or held.inner is not None:
+            self.groups.stay([source], f"{name} normalises axis 1, channels are on axis {held.axis}")
+            return
+        group, layer = held.single, str(source.target)
+        behind = (
+            source.op == "call_module" and isinstance(self.kind(source), Layer) and len(source.users) == 1
+        )
+        if group is not None and behind:
+            group.norms[name] = layer
+        else:
+            self.sources[name] = source
+        gates = isinstance(norm, GatedBatchNorm)
+        # behind a depthwise convolution a channel may go because of what it reads, and the gate be open
+        silent = gates and not (group is not None and layer in group.depthwise)
+        self.groups.hold(node, dataclasses.replace(held, zero=silent, cut=silent or held.cut))
+
+    def _reshaped(self, node: fx.Node, kind: object, held: Channels) -> Channels | None:
+        """Returns the channels behind a reshape that keeps the order of values, its sizes freed of their number."""
+        source = node.all_input_nodes[0]
+        found = reshaped(held, shape_of(source), shape_of(node))
+        if found is None:
+            return None
+        if found.inner is not None and held.inner is None:
+            group = held.single
+            if group is None or not self.groups.in_blocks(group, shape_of(node)[found.axis]):
+                return None
+        place = found.axis if found.inner is None else found.inner
+        if ops.is_one_of(kind, ops.RESHAPES):
+            sizes = node.args[1] if isinstance(node.args[1], Sequence) else node.args[1:]
+            sizes, start = list(sizes), node.args[0]
+            free = [at for at, size in enumerate(sizes) if size == -1 and at != place]
+            if free and (free != [0] or shape_of(source)[0] != shape_of(node)[0]):
+                return None
+            if free:
+                with node.graph.inserting_before(node):
+                    sizes[0] = node.graph.call_method("size", (start, 0))
+            sizes[place] = -1
+            node.args, node.kwargs = (start, tuple(sizes)), {}
+            if node.op == "call_method":
+                node.args = (start, *sizes)
+        elif ops.is_one_of(kind, ops.UNFLATTENS) and found.inner is not None:
+            sizes = kind.unflattened_size if isinstance(kind, nn.Unflatten) else node.args[2]  # type: ignore[assignment]
+            if not isinstance(sizes, Sequence) or sizes[-1] != -1:
+                return None
+        return found
+
+    def _watch_sizes(self, node: fx.Node) -> None:
+        """Makes channels stay whose number is used for anything."""
+        held, rank = self.channels[node], len(shape_of(node))
+        for user in node.users:
+            if (
+                not reads_shape(user)
+                or (user.target is getattr and user.args[1] == "ndim")
+                or user.target == "dim"
+            ):
+                continue
+            named = user.args[1:] if user.target == "size" else ()
+            for reader in [user] if named else list(user.users):
+                index = named[0] if named else reader.args[1] if reader.target is operator.getitem else None
+                if not isinstance(index, int) or index % rank in (held.axis, held.inner):
+                    other = next(iter(reader.users), reader)
+                    self.groups.stay([node], f"{called(other)} depends on the number of channels")
 
 
-def _is(kind: object, known: tuple[object, ...]) -> bool:
-    if isinstance(kind, nn.Module):
-        return type(kind) in known
-    return any(kind is entry or (isinstance(entry, str) and kind == entry) for entry in known)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
+def pads(layer: Layer) -> bool:
+    """Returns whether a layer pads with zeros, so that a constant channel is not constant to it."""
+    if not isinstance(layer, Convolution) or layer.padding_mode != "zeros" or layer.padding == "valid":
+        return False
+    return layer.padding == "same" or any(layer.padding)
 
 
 def _positions(shape: tuple[int, ...], layer: nn.Module) -> int:
     """Returns how many outputs each filter of `layer` has per example, given its output's `shape`."""
-    return torch.Size(shape[2:] if isinstance(layer, nn.Conv2d) else shape[1:-1]).numel()
-
-
-def _flattened(before: fx.Node, after: fx.Node) -> int:
-    """Returns how many values of each channel a flatten lines up, 0 if it does anything else."""
-    old, new = _shape(before), _shape(after)
-    positions = int(torch.Size(old[2:]).numel())
-    return positions if len(new) == 2 and new == (old[0], old[1] * positions) else 0
-
-
-def _fixes_features(flatten: fx.Node) -> bool:
-    """Returns whether a flatten names the number of values it leaves, as view(-1, 320) does."""
-    if _is(flatten.target, _BY_AXIS) or flatten.op == "call_module":
-        return False
-    sizes = flatten.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], Sequence):
-        sizes = tuple(sizes[0])
-    return not sizes or (isinstance(sizes[-1], int) and sizes[-1] != -1)
-
-
-def _reads_shape(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    return node.target in ("size", "dim")
-
-
-def _beside_reshapes(shape: fx.Node) -> fx.Node | None:
-    """Returns the first tensor that is computed with what was read of a `shape`, reshaping aside; None without one."""
-    for user in shape.users:
-        if "tensor_meta" not in user.meta:
-            if (found := _beside_reshapes(user)) is not None:
-                return found
-        elif not _is(user.target, _FLATTENS):
-            return user
-    return None
+    return torch.Size(shape[1:-1] if isinstance(layer, nn.Linear) else shape[2:]).numel()

@@ -7,19 +7,20 @@ out. The rest, the model, takes these weights as parameters: a runtime can compi
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from export.compact import BatchNorms, CompactModel, _replace_forward
+from export.build import compaction_of
+from export.compact import CompactModel
 from export.decompositions import LoweringError
 from export.lowering import root_cause
 from export.training import distinct_sizes, model_values
+from spafl.algorithm import Mask
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
-from spafl.program import Mask
+from spafl.rows import kept_rows
 from trainer.sparsify import masked_layers
 
 aten = torch.ops.aten
@@ -93,8 +94,7 @@ def _traced(
     model: nn.Module, names: Sequence[str], shape: tuple[int, ...], mask: Mask
 ) -> torch.export.ExportedProgram:
     """Returns the whole inference of `model`, (x, *state tensors) -> logits, its selections fixed by `mask`."""
-    compact = CompactModel(model, shape, dropped=lambda flow: flow.drops).for_inference()
-    _write_out_norms(compact)
+    compact = CompactModel(model, shape, dropped=lambda group: group.drops)
     values = model_values(compact)
     batch = next(size for size in distinct_sizes(values.values(), shape) if size >= LEAST_BATCH)
     dynamic = {0: torch.export.Dim("batch", min=1)}
@@ -116,46 +116,24 @@ class _Inference(nn.Module):
         super().__init__()
         self._compact, self._names = compact, names
         self._masked = masked_layers(compact.model)
+        kept = kept_rows(compaction_of(compact), mask)
         for number, layer in enumerate(self._masked):
-            # a layer without active filters keeps its first, which its mask makes zeros
-            active = np.flatnonzero(mask[layer]) if mask[layer].any() else np.zeros(1, np.int64)
-            rows = mask[layer][active] if layer in compact.dropped else mask[layer]
-            self.register_buffer(f"active{number}", torch.from_numpy(active))
+            rows = mask[layer][kept[layer]] if layer in kept else mask[layer]
             self.register_buffer(
                 f"distance{number}", torch.from_numpy(np.where(rows, 1, -1).astype(np.float32))
             )
+        for number, group in enumerate(compact.dropped):
+            self.register_buffer(f"active{number}", torch.from_numpy(kept[group]))
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         """Returns logits (batch, labels)."""
-        active = {}
-        for number, (layer, module) in enumerate(self._masked.items()):
+        for number, module in enumerate(self._masked.values()):
             # not from scores and thresholds: a filter on the edge would be active here and pruned there
             module.distance = partial(getattr, self, f"distance{number}")  # type: ignore[method-assign]
-            if layer in self._compact.dropped:
-                active[layer] = getattr(self, f"active{number}")
-        self._compact.active = active
+        self._compact.active = {
+            group: getattr(self, f"active{number}") for number, group in enumerate(self._compact.dropped)
+        }
         return self._compact.run(dict(zip(self._names, state, strict=True)), x)
-
-
-def _write_out_norms(compact: CompactModel) -> None:
-    """Lets norms that no layer takes in multiply and add.
-
-    A compiler would work their statistics into whatever stands before them, and the holes for them would be gone.
-    """
-    folded = {flow.norm for flow in compact.flows.by_layer.values()}
-    for name, module in compact.model.named_modules():
-        if isinstance(module, BatchNorms) and name not in folded:
-            _replace_forward(module, partial(_normalise, module))
-
-
-def _normalise(norm: Any, x: Tensor) -> Tensor:
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
-    shift = shift if norm.bias is None else shift + norm.bias
-    axes = (1, -1, *[1] * (x.dim() - 2))
-    y: Tensor = x * scale.view(axes) + shift.view(axes)
-    return y
 
 
 def _evaluate(nodes: Sequence[fx.Node], values: dict[fx.Node, Tensor]) -> None:

@@ -9,16 +9,17 @@ import copy
 
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from export.compact import CompactModel
 from export.decompositions import LoweringError
 from export.lowering import lower, tidy
-from export.round import GraphBuilder, active_rows, distance, mask
+from export.round import GraphBuilder, distance, mask, needed, staying_rows
 from export.training import distinct_sizes, model_values
 from spafl.layout import ThresholdLayout
 from spafl.manifest import StateTensor
+from spafl.rows import MULTIPLE
 from spafl.step import ACTIVE, ROWS
 
 EXTERNAL = "state"
@@ -28,18 +29,19 @@ EXTERNAL = "state"
 def infer_graph(
     compact: CompactModel, layout: ThresholdLayout, tensors: tuple[StateTensor, ...], shape: tuple[int, ...]
 ) -> onnx.ModelProto:
-    """Returns the self-compacting graph for a model made ready by `for_inference`.
+    """Returns the self-compacting graph of a model rewired for inference.
 
     Inputs    x (batch, *shape) float32
     Outputs   logits (batch, labels)
-    External initialisers: the state tensors under their own names.
+    External initialisers: the state tensors under their own names; `MULTIPLE` (1,) int64 if anything can be left out
     """
     sizes = distinct_sizes(model_values(compact).values(), shape)
     batch = next(sizes)
     inputs: dict[str, Tensor] = {"x": torch.zeros(batch, *shape)}
     symbols = {"x": {0: "batch"}}
-    for name in compact.dropped:
-        inputs[f"{ACTIVE}{name}"] = torch.arange(next(sizes))
+    for name, group in compact.dropped.items():
+        # equally many in each block: a multiple
+        inputs[f"{ACTIVE}{name}"] = torch.arange(next(sizes) * group.blocks)
         symbols[f"{ACTIVE}{name}"] = {0: f"{ROWS}{name}"}
     inputs |= {tensor.name: torch.zeros(tensor.shape) for tensor in tensors}
 
@@ -51,11 +53,16 @@ def infer_graph(
     model = lower(forward, inputs, ["logits"], symbols)
     ranks = {tensor.name: len(tensor.shape) for tensor in tensors}
     add = GraphBuilder()
+    masks = {}
+    used = {layer for group in compact.dropped.values() for layers in group.live for layer in layers}
     for layer in layout.layers:
-        if layer.name in compact.dropped:
+        if layer.name in used:
             far = distance(add, layer, layer.weight, layer.threshold, ranks[layer.weight])
-            active_rows(add, mask(add, far), f"{ACTIVE}{layer.name}")
-    return _with_external_state(model, add, tensors)
+            masks[layer.name] = mask(add, far)
+    for name, group in compact.dropped.items():
+        live = needed(add, group.live, masks)
+        staying_rows(add, live, group.width, f"{ACTIVE}{name}", blocks=group.blocks, multiple=MULTIPLE)
+    return _with_external_state(model, add, tensors, multiple=bool(compact.dropped))
 
 
 def masked_graph(
@@ -76,7 +83,7 @@ def masked_graph(
 
 
 def _with_external_state(
-    model: onnx.ModelProto, before: GraphBuilder, tensors: tuple[StateTensor, ...]
+    model: onnx.ModelProto, before: GraphBuilder, tensors: tuple[StateTensor, ...], multiple: bool = False
 ) -> onnx.ModelProto:
     """Returns `model` with the nodes of `before` in front, and its state inputs turned into external initialisers."""
     nodes = [*before.nodes, *model.graph.node]
@@ -89,17 +96,18 @@ def _with_external_state(
     model.graph.node.extend(nodes)
     model.graph.input.extend(kept)
     model.graph.initializer.extend(before.initializers)
+    if multiple:
+        model.graph.input.append(helper.make_tensor_value_info(MULTIPLE, TensorProto.INT64, (1,)))
     # checked while the state is still an input: the checker looks for the data of external initialisers
     model = tidy(model, {})
     del model.graph.input[1:]
-    for tensor in tensors:
+    external = [(tensor.name, TensorProto.FLOAT, tensor.shape, 4) for tensor in tensors]
+    external += [(MULTIPLE, TensorProto.INT64, (1,), 8)] if multiple else []
+    for name, dtype, sizes, width in external:
         entry = model.graph.initializer.add(
-            name=tensor.name,
-            data_type=TensorProto.FLOAT,
-            dims=tensor.shape,
-            data_location=TensorProto.EXTERNAL,
+            name=name, data_type=dtype, dims=sizes, data_location=TensorProto.EXTERNAL
         )
-        size = 4 * torch.Size(tensor.shape).numel()
+        size = width * torch.Size(sizes).numel()
         for key, value in (("location", EXTERNAL), ("offset", "0"), ("length", str(size))):
             entry.external_data.add(key=key, value=value)
     return model

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from export.inspected_file import Facts, InspectError, read_bounded
+from spafl.algorithm import mask_of
 from spafl.bundle import Bundle, check_state
 from spafl.layout import Floats
 from spafl.manifest import Manifest
-from spafl.program import mask_of
-from spafl.proof import kept_filters, layer_costs, layer_proofs
+from spafl.proof import layer_costs, layer_proofs
+from spafl.rows import kept_filters
 from spafl.wire import Thresholds, encode_thresholds
 
 JOURNAL = "journal.json"
@@ -50,10 +51,10 @@ def bundle_facts(path: Path, state: Path | None = None) -> Facts:
         "name": manifest.name,
         "id": bundle.id,
         "layout": manifest.layout.id,
-        "input": manifest.input.model_dump(mode="json"),
+        "input": manifest.input.to_json(),
         "labels": list(manifest.labels),
         "options": dict(manifest.options),
-        "train_step": manifest.train_step.model_dump(mode="json"),
+        "train_step": manifest.train_step.to_json(),
         "state": "initial" if state is None else str(state),
         "layers": layers,
         "density": {

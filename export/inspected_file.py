@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from spafl.errors import SpaflError
 from spafl.proof import PROOF, Proof
+from spafl.record import RecordError
 
 MAX_MODEL_BYTES = 1 << 30
 MAX_PROOF_BYTES = 1 << 20
@@ -48,13 +47,13 @@ def proof_beside(path: Path, size: int) -> tuple[Facts | None, str | None]:
         if not file.is_file():
             continue
         try:
-            proof = Proof.model_validate_json(read_bounded(file, MAX_PROOF_BYTES))
-        except ValidationError:
+            proof = Proof.from_text(read_bounded(file, MAX_PROOF_BYTES))
+        except RecordError:
             return None, f"{file.name} beside it is not a proof this version reads"
         except InspectError as error:
             return None, str(error)
         proven = proof.precision.bytes if proof.precision else proof.compact.bytes
         if proven != size:
             return None, f"{file.name} beside it is of another model, of {proven:,} bytes"
-        return proof.model_dump(mode="json"), None
+        return proof.to_json(), None
     return None, None

@@ -27,6 +27,9 @@ OPSET = 18
 IR_VERSION = 8
 """The oldest that opset 18 allows, so that every onnxruntime since 1.17 loads the graphs."""
 
+_MAY_TELL_LESS = ("MaxPool", "Dropout", "LayerNormalization", "BatchNormalization")
+"""Operators whose later outputs may be left out."""
+
 _NO_OPS = (
     aten.detach.default,
     aten.detach_copy.default,
@@ -249,7 +252,7 @@ def tidy(model: onnx.ModelProto, symbols: Mapping[str, Mapping[int, str]]) -> on
     }
     for node in model.graph.node:
         node.name = ""
-        while len(node.output) > 1 and node.output[-1] not in used:
+        while node.op_type in _MAY_TELL_LESS and len(node.output) > 1 and node.output[-1] not in used:
             node.output.pop()  # a pool that need not tell its indices is faster
     for value in model.graph.input:
         for axis, name in symbols.get(value.name, {}).items():

@@ -35,7 +35,7 @@ def forward_model(
     Raises:
         LoweringError: an operation that cannot be expressed.
     """
-    compact = CompactModel(model, shape, dropped=lambda flow: False).for_training()
+    compact = CompactModel(model, shape, dropped=lambda group: False, training=True)
     batch = next(distinct_sizes(model_values(compact).values(), shape))
     inputs = {"x": torch.zeros(batch, *shape)}
     inputs |= {tensor.name: torch.zeros(tensor.shape) for tensor in tensors}

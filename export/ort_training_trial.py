@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _manifest(
     return Manifest(
         name="trial",
         layout=layout,
-        state=tuple(tensor.model_copy(update={"rows": False}) for tensor in tensors),
+        state=tuple(replace(tensor, rows=False) for tensor in tensors),
         input=InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0]),
         labels=tuple(str(label) for label in range(logits.shape[1])),
         train_step=TrainStep(form="dense", reason="ONNX Runtime Training keeps all rows"),

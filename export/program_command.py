@@ -12,7 +12,6 @@ from typing import Annotated
 import numpy as np
 import safetensors.numpy
 import typer
-from pydantic import SecretStr
 from safetensors import SafetensorError
 from torch import nn
 
@@ -24,6 +23,7 @@ from spafl.layout import Floats
 from spafl.manifest import InputSpec
 from spafl.program import TOKEN_VARIABLE
 from spafl.proof import Proof
+from spafl.secret import Secret
 
 BASE = "base"
 """In a device's state file beside the tensors: the global thresholds it has caught up to."""
@@ -116,7 +116,7 @@ def write(
     manifest = source_manifest(model, spec, labels)
     proof = write_program(model, manifest, _state(state), out, examples)
     if as_json:
-        typer.echo(json.dumps({"program": str(out), "proof": str(proof_path(out)), **proof.model_dump()}))
+        typer.echo(json.dumps({"program": str(out), "proof": str(proof_path(out)), **proof.to_json()}))
     else:
         typer.echo(_told(proof, out))
 
@@ -145,7 +145,7 @@ def _state(path: Path) -> dict[str, Floats]:
     return {name: np.asarray(value) for name, value in tensors.items() if name != BASE}
 
 
-def _token(given: str | None, file: Path | None) -> SecretStr | None:
+def _token(given: str | None, file: Path | None) -> Secret | None:
     if file is not None:
         try:
             given = file.read_text(encoding="ascii").strip()
@@ -153,7 +153,7 @@ def _token(given: str | None, file: Path | None) -> SecretStr | None:
             raise SettingsError(f"cannot read the token from {file}: {error}") from error
         if not given:
             raise SettingsError(f"{file} holds no token")
-    return SecretStr(given) if given else None
+    return Secret(given) if given else None
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,7 +14,6 @@ from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import SecretStr
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from torch import nn
@@ -22,19 +21,20 @@ from torch import nn
 from export.compact_program import hollow_program
 from export.decompositions import LoweringError
 from spafl import __version__
+from spafl.algorithm import Mask
 from spafl.bundle import Bundle
 from spafl.errors import WireError
 from spafl.program import (
     MASK_MEDIA_TYPE,
     PROGRAM_MEDIA_TYPE,
     HollowProgram,
-    Mask,
     decode_mask,
     encode_program,
     mask_bytes,
     mask_digest,
 )
 from spafl.protocol import PREFIX, Problem
+from spafl.secret import Secret
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 CACHE_BYTES = 64 << 20
@@ -114,7 +114,7 @@ class ProgramMaker:
                 self._made.popitem(last=False)
 
 
-def create_app(maker: ProgramMaker, token: SecretStr | None = None) -> FastAPI:
+def create_app(maker: ProgramMaker, token: Secret | None = None) -> FastAPI:
     """Returns the service of `maker`'s programs as an ASGI application.
 
     token   that requests must carry as their bearer; None: anybody who reaches it may ask
@@ -153,14 +153,12 @@ def create_app(maker: ProgramMaker, token: SecretStr | None = None) -> FastAPI:
     return app
 
 
-def _authorise(request: Request, token: SecretStr | None) -> None:
+def _authorise(request: Request, token: Secret | None) -> None:
     if token is None:
         return
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     # bytes: compare_digest refuses text that is not ASCII
-    if scheme.lower() != "bearer" or not hmac.compare_digest(
-        given.encode(), token.get_secret_value().encode()
-    ):
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.reveal().encode()):
         raise ServiceError(
             401,
             "unauthorized",
@@ -189,7 +187,7 @@ def _problem(status: int, word: str, detail: str, headers: dict[str, str]) -> JS
     problem = Problem(
         type=f"urn:spafl:problem:{word}", title=HTTPStatus(status).phrase, status=status, detail=detail
     )
-    return JSONResponse(problem.model_dump(exclude_none=True), status, headers, PROBLEM_MEDIA_TYPE)
+    return JSONResponse(problem.present(), status, headers, PROBLEM_MEDIA_TYPE)
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -3,7 +3,8 @@
 The same mathematics as `spafl.algorithm`, as graphs, so that a client in any language holds none of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.channels import Group, Live
 from export.lowering import OPSET, tidy
 from spafl.algorithm import COLLAPSE_DENSITY
 from spafl.layout import Layer, ThresholdLayout
@@ -65,30 +67,63 @@ def mask(add: GraphBuilder, distance: str) -> str:
     return add("Cast", add("Greater", distance, add.constant(0.0)), to=TensorProto.FLOAT)
 
 
-def active_rows(add: GraphBuilder, mask: str, out: str) -> str:
-    """Returns the name of the ascending indices (k,) int64 of the mask's ones; of its first row if it has none.
+def needed(add: GraphBuilder, live: Live, masks: Mapping[str, str]) -> str:
+    """Returns the name of what `spafl.rows.needed` does (out,), as float32 0 or 1, given the layers' masks."""
+    every = [reduce(partial(add, "Mul"), [masks[layer] for layer in sorted(layers)]) for layers in live]
+    return reduce(partial(add, "Max"), sorted(every))
+
+
+def staying_rows(
+    add: GraphBuilder, needed: str, width: int, out: str, *, blocks: int = 1, multiple: str | None = None
+) -> str:
+    """Returns the name of what `spafl.rows.staying` does, (k,) int64.
+
+    needed     name of (width,) float32, 0 or 1
+    multiple   name of an int64 (1,)
 
     TopK, not NonZero or Compress: onnxruntime folds it by default when the weights are constants (checked: 1.17.3,
     1.19.2, 1.31.1), and its ties keep ascending order. At least one row, because runtimes refuse empty pools.
     """
-    count = add("Cast", add("ReduceSum", mask, keepdims=1), to=TensorProto.INT64)
-    ranked = add("TopK", mask, add("Max", count, add.constant([1])), largest=1, sorted=1)
-    return add("Identity", f"{ranked}.index", out=out)
+    if blocks > 1:
+        needed = add("Reshape", needed, add.constant([blocks, width // blocks]))
+    count = add("ReduceSum", needed, add.constant([1 if blocks > 1 else 0]), keepdims=1)
+    if blocks > 1:
+        count = add("Reshape", add("ReduceMax", count, keepdims=0), add.constant([1]))
+    count = add("Max", add("Cast", count, to=TensorProto.INT64), add.constant([1]))
+    if multiple is not None:
+        more = add("Sub", add("Add", count, multiple), add.constant([1]))
+        count = add("Mul", add("Div", more, multiple), multiple)
+        count = add("Min", count, add.constant([width // blocks]))
+    ranked = add("TopK", needed, count, largest=1, sorted=1)
+    if blocks == 1 and multiple is None:
+        return add("Identity", f"{ranked}.index", out=out)
+    # pruned ones that fill up came last: in ascending order, as everybody has them
+    index = add("TopK", f"{ranked}.index", count, largest=0, sorted=1)
+    if blocks > 1:
+        starts = np.arange(blocks, dtype=np.int64)[:, None] * (width // blocks)
+        index = add("Add", index, add.constant(starts))
+    return add("Reshape", index, add.constant([-1]), out=out)
 
 
-def begin_round_graph(layout: ThresholdLayout, tensors: tuple[StateTensor, ...]) -> onnx.ModelProto:
-    """Returns the graph that catches a state up with the global thresholds and gathers its active rows.
+def begin_round_graph(
+    layout: ThresholdLayout, tensors: tuple[StateTensor, ...], groups: Mapping[str, Group]
+) -> onnx.ModelProto:
+    """Returns the graph that catches a state up with the global thresholds and gathers its rows.
+
+    groups   whose layers are in rows form, by name
 
     Inputs    base and target (size,): the global thresholds the state has caught up with, and the newest;
               each weight of a masked layer, and every tensor with rows
     Outputs   next.<weight>, next.<threshold> of each masked layer: caught up, thresholds of collapsed layers 0;
-              active.<layer> (k,) int64 and rows.<tensor>, of the layers in rows form;
+              active.<group> (k,) int64 and rows.<tensor>, of the layers in rows form;
               density (layers,) float32 after catching up, collapsed (layers,) bool, in layout order
     """
     add = GraphBuilder()
     by_name = {tensor.name: tensor for tensor in tensors}
     rows = [tensor for tensor in tensors if tensor.rows]
     outputs, densities, collapses, current = [], [], [], {}
+    masks: dict[str, str] = {}
+    in_rows = {layer for group in groups.values() for layer in group.layers}
     change = add("Sub", "target", "base")
     for layer in layout.layers:
         weight = by_name[layer.weight]
@@ -110,9 +145,15 @@ def begin_round_graph(layout: ThresholdLayout, tensors: tuple[StateTensor, ...])
         collapses.append(collapsed)
         current[layer.weight] = caught_up
         outputs += [_float(caught_up, weight.shape), _float(threshold, (layer.out,))]
-        if any(tensor.layer == layer.name for tensor in rows):
-            after = mask(add, distance(add, layer, caught_up, threshold, len(weight.shape)))
-            outputs.append(_integer(active_rows(add, after, f"{ACTIVE}{layer.name}"), (None,)))
+        if layer.name in in_rows:
+            far = distance(add, layer, caught_up, threshold, len(weight.shape))
+            masks[layer.name] = mask(add, far)
+    for name, group in groups.items():
+        # any of its layers: in training a channel counts that is active in one of them
+        live = frozenset(frozenset([layer]) for layer in group.layers)
+        active = f"{ACTIVE}{name}"
+        staying_rows(add, needed(add, live, masks), group.width, active, blocks=group.blocks)
+        outputs.append(_integer(active, (None,)))
     for tensor in rows:
         source = current.get(tensor.name, tensor.name)
         add("Gather", source, f"{ACTIVE}{tensor.layer}", axis=0, out=f"{ROWS}{tensor.name}")

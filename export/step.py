@@ -38,7 +38,7 @@ class StepResult:
 def training_step(
     model: CompactModel, tensors: tuple[StateTensor, ...]
 ) -> Callable[[Tensor, Tensor, dict[str, Tensor], StepTensors], StepResult]:
-    """Returns step(x, y, scalars, tensors) -> StepResult for a model made ready by `for_training`.
+    """Returns step(x, y, scalars, tensors) -> StepResult for a model rewired for training.
 
     x (N, *shape) float32, y (N,) int64, scalars as in `spafl.step.SCALARS`.
 
@@ -55,8 +55,10 @@ def training_step(
 
         def objective(weights: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor]]]:
             rows = dict(weights)
-            for layer, active in tensors.active.items():
-                rows[f"{layer}.threshold"] = weights[f"{layer}.threshold"].index_select(0, active)
+            for group in model.dropped.values():
+                for layer in group.layers:
+                    name = f"{layer}.threshold"
+                    rows[name] = weights[name].index_select(0, tensors.active[group.name])
             logits = model.run_rows({**fixed, **rows}, x)  # (N, labels)
             task = _cross_entropy(logits, y)
             # loss = task + coeff * sum_l sum_i exp(-tau_i)   (paper, section 3)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from export.compact import BatchNorms, CompactModel
+from export.compact import CompactModel
 from export.decompositions import LoweringError
+from export.flow import BatchNorm
 from export.lowering import lower
 from export.step import StepTensors, training_step
-from spafl.manifest import StateTensor, TrainStep
+from spafl.manifest import Role, StateTensor, TrainStep
 from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 from trainer.sparsify import masked_layers
 
@@ -33,10 +34,11 @@ def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor,
         layer, _, leaf = name.rpartition(".")
         if leaf == "num_batches_tracked":
             continue  # only a norm without momentum reads it, and sparsify refuses those
+        role: Role
         if name not in parameters:
             role = "statistic"
         elif layer in masked and leaf in ("weight", "threshold"):
-            role = leaf
+            role = "weight" if leaf == "weight" else "threshold"
         else:
             role = "parameter"
         owner = rows.get(name) or (layer if layer in masked else None)
@@ -50,7 +52,7 @@ def _refuse_strangers(model: nn.Module) -> None:
     statistics = {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
-        if isinstance(module, BatchNorms)
+        if isinstance(module, BatchNorm)
         for leaf in ("running_mean", "running_var", "num_batches_tracked")
     }
     for name, _ in model.named_buffers():
@@ -69,16 +71,15 @@ def _refuse_strangers(model: nn.Module) -> None:
 def form(compact: CompactModel) -> TrainStep:
     """Returns the form of the train step of `compact`, and why it is exact or which layers it keeps whole."""
     whole = {
-        name: "not asked for"
-        if flow.exact
-        else flow.refusal or "a pruned channel is not silent: its norm, bias or activation lets it speak"
-        for name, flow in compact.flows.by_layer.items()
-        if name not in compact.dropped
+        name: "not asked for" if group.exact else group.refusal or "; ".join(group.audible)
+        for name, group in compact.flows.by_layer.items()
+        if group.name not in compact.dropped
     }
     kept = "; ".join(f"{name} keeps all rows: {reason}" for name, reason in whole.items())
     if not compact.dropped:
         return TrainStep(form="dense", reason=kept)
-    exact = f"{', '.join(compact.dropped)}: a pruned channel is exactly 0 and gets exactly no task gradient"
+    rows = [layer for group in compact.dropped.values() for layer in group.layers]
+    exact = f"{', '.join(rows)}: a pruned channel is exactly 0 and gets exactly no task gradient"
     return TrainStep(form="rows", reason=f"{exact}; {kept}" if kept else exact)
 
 
@@ -110,7 +111,7 @@ class FlatStep:
 
 
 def flat_step(compact: CompactModel, tensors: tuple[StateTensor, ...], shape: tuple[int, ...]) -> FlatStep:
-    """Returns the step of a model made ready by `for_training`.
+    """Returns the step of a model rewired for training.
 
     Inputs    x (batch, *shape), y (batch,) int64, the scalars of `spafl.step.SCALARS`, active.<layer> (rows,) int64,
               each state tensor, and momentum.<tensor> of each trained one; where the manifest says rows, both hold
@@ -120,7 +121,8 @@ def flat_step(compact: CompactModel, tensors: tuple[StateTensor, ...], shape: tu
     values = model_values(compact)
     sizes = distinct_sizes(values.values(), shape)
     batch = next(sizes)
-    counts = {layer: next(sizes) for layer in compact.dropped}
+    # equally many in each block: a multiple
+    counts = {name: next(sizes) * group.blocks for name, group in compact.dropped.items()}
     inputs: dict[str, Tensor] = {"x": torch.zeros(batch, *shape), "y": torch.zeros(batch, dtype=torch.int64)}
     inputs |= {name: torch.tensor(0.1) for name in SCALARS}
     inputs |= {f"{ACTIVE}{layer}": torch.arange(count) for layer, count in counts.items()}

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter
 from sqlalchemy import URL
 from starlette.concurrency import run_in_threadpool
 
@@ -116,7 +117,7 @@ def _describe_problems(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = generate()
             components = schema["components"]["schemas"]
-            components["Problem"] = Problem.model_json_schema()
+            components["Problem"] = TypeAdapter(Problem).json_schema()
             for path in schema["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)

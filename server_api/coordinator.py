@@ -294,7 +294,7 @@ def _checked(facts: Facts, body: bytes, metrics: Metrics) -> tuple[int, str]:
     # a mean that f16 cannot hold could not be sent, and the run could not go on
     if facts.settings.precision == "f16" and float(np.abs(thresholds.values).max()) > _LARGEST_F16:
         raise errors.BadThresholds(f"a threshold beyond {_LARGEST_F16:.0f}, the most this run's f16 can hold")
-    return thresholds.version, sha256_hex(body + b"\0" + metrics.model_dump_json().encode())
+    return thresholds.version, sha256_hex(body + b"\0" + metrics.to_text().encode())
 
 
 def _log(answer: Future[Change]) -> None:

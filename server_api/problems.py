@@ -42,7 +42,7 @@ def problem_response(
     headers = dict(headers or {})
     if retry_after is not None:
         headers["Retry-After"] = str(math.ceil(retry_after))
-    return JSONResponse(problem.model_dump(exclude_none=True), status, headers, MEDIA_TYPE)
+    return JSONResponse(problem.present(), status, headers, MEDIA_TYPE)
 
 
 def refusal_response(refusal: Refusal, retry_after: float = 0.0) -> JSONResponse:

@@ -98,7 +98,7 @@ class RowJournal:
         """Yields the counted updates of a round by ascending device id, a few at a time."""
         self.rows.write()
         for row in self.rows.connection.execute(_UPDATES, {"name": self.name, "number": round}):
-            report = Report(row.digest, Metrics.model_validate_json(row.metrics))
+            report = Report(row.digest, Metrics.from_text(row.metrics))
             yield Update(round, row.device, report, row.body)
 
 
@@ -114,7 +114,7 @@ def load_run(
         return None
     if known is not None and known.revision == row.revision:
         return known
-    settings = known.run.settings if known else RunSettings.model_validate_json(row.settings)
+    settings = known.run.settings if known else RunSettings.from_text(row.settings)
     run = Run(
         settings=settings,
         state=row.state,
@@ -208,7 +208,7 @@ def _open_round(connection: Connection, name: str, number: int) -> Round | None:
         extended=row.extended,
         leases={lease.device: lease.expires for lease in leases if not lease.lapsed},
         lapsed=frozenset(lease.device for lease in leases if lease.lapsed),
-        reports={row.device: Report(row.digest, Metrics.model_validate_json(row.metrics)) for row in reports},
+        reports={row.device: Report(row.digest, Metrics.from_text(row.metrics)) for row in reports},
     )
 
 
@@ -230,7 +230,7 @@ def _add_effect(rows: Rows, before: Run, effect: Effect, change: Change, now: fl
             _close_round(rows, key, "failed", data, now)
         case "lease.granted":
             _add_lease(rows, before, effect, key)
-            said = change.capabilities.model_dump_json() if change.capabilities else None
+            said = change.capabilities.to_text() if change.capabilities else None
             seen = {"last_seen": now} | ({"capabilities": said} if said else {})
             rows.update(tables.devices, {"device": effect.device}, seen)
         case "lease.expired":
@@ -268,7 +268,7 @@ def _add_update(rows: Rows, name: str, change: Change) -> None:
         "round": counted.round,
         "device": counted.device,
         "digest": counted.report.digest,
-        "metrics": counted.report.metrics.model_dump_json(exclude_defaults=True),
+        "metrics": json.dumps(counted.report.metrics.present(), separators=(",", ":")),
         "body": counted.body,
     }
     rows.insert(tables.updates, row)

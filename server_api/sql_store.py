@@ -106,9 +106,7 @@ class SqlStore(Store):
         """Returns nothing; `device` is enrolled with the token of SHA-256 `digest`."""
         row = {"device": device, "name": name, "created": now}
         with self._writing() as connection:
-            connection.execute(
-                insert(tables.devices), {**row, "capabilities": capabilities.model_dump_json()}
-            )
+            connection.execute(insert(tables.devices), {**row, "capabilities": capabilities.to_text()})
             connection.execute(insert(tables.tokens), {"digest": digest, "role": "device", "device": device})
 
     def devices(self, after: str, limit: int) -> list[DeviceView]:
@@ -132,7 +130,7 @@ class SqlStore(Store):
                     name=row.name,
                     created=row.created,
                     last_seen=row.last_seen,
-                    capabilities=Capabilities.model_validate_json(row.capabilities),
+                    capabilities=Capabilities.from_text(row.capabilities),
                     updates=row.updates,
                 )
                 for row in connection.execute(query)
@@ -142,7 +140,7 @@ class SqlStore(Store):
         """Returns whether the bundle is new; one that is already there stays as it is."""
         try:
             with self._writing() as connection:
-                connection.execute(insert(tables.bundles), {**bundle.model_dump(), "manifest": manifest})
+                connection.execute(insert(tables.bundles), {**bundle.to_json(), "manifest": manifest})
         except IntegrityError:
             return False
         return True
@@ -170,7 +168,7 @@ class SqlStore(Store):
         name, run = settings.name, Run(settings)
         row = {
             "run": name,
-            "settings": settings.model_dump_json(),
+            "settings": settings.to_text(),
             "bundle": settings.bundle,
             "layout": layout,
             "created": now,
@@ -329,4 +327,4 @@ class SqlStore(Store):
 
 
 def _bundle_view(row: Row[tuple[object, ...]]) -> BundleView:
-    return BundleView.model_validate(row._mapping)
+    return BundleView.from_json(dict(row._mapping))

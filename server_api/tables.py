@@ -1,6 +1,6 @@
 """The tables, as SQLAlchemy knows them. Migrations build them; a test holds both equal.
 
-Columns are named after the protocol's words. Times are seconds since the epoch. JSON is text that pydantic wrote.
+Columns are named after the protocol's words. Times are seconds since the epoch. JSON is text that a record wrote.
 """
 
 from sqlalchemy import (

@@ -18,7 +18,12 @@ from spafl.layout import Floats, Layer, ThresholdLayout
 COLLAPSE_DENSITY = 0.01
 """A layer with this share of active filters or less has collapsed (the published code's bound)."""
 
+_ACTIVE, _PRUNED = np.float32(-1.0), np.float32(1e30)
+"""Thresholds no score comes near: scores are means of absolute values."""
+
 Tensors: TypeAlias = Mapping[str, Floats]
+Mask: TypeAlias = Mapping[str, NDArray[np.bool_]]
+"""Which filters (out,) of each masked layer are active, by layer name."""
 
 
 def scores(layer: Layer, weight: Floats) -> Floats:
@@ -30,6 +35,23 @@ def scores(layer: Layer, weight: Floats) -> Floats:
 def mask(layer: Layer, tensors: Tensors) -> NDArray[np.bool_]:
     """Returns which filters (out,) are active: those whose score is above their threshold."""
     return scores(layer, tensors[layer.weight]) > tensors[layer.threshold]
+
+
+def mask_of(layout: ThresholdLayout, state: Mapping[str, Floats]) -> dict[str, NDArray[np.bool_]]:
+    """Returns which filters of a state are active."""
+    return {layer.name: mask(layer, state) for layer in layout.layers}
+
+
+def decided(layout: ThresholdLayout, state: Mapping[str, Floats], mask: Mask) -> dict[str, Floats]:
+    """Returns `state` with thresholds that say `mask` whoever computes the scores, and in whatever order.
+
+    A filter whose score is its threshold to the last bit may be active to one runtime and pruned to another.
+    """
+    thresholds = {
+        layer.threshold: np.where(mask[layer.name], _ACTIVE, _PRUNED).astype(np.float32)
+        for layer in layout.layers
+    }
+    return {**state, **thresholds}
 
 
 def densities(layout: ThresholdLayout, tensors: Tensors) -> dict[str, float]:

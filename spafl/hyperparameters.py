@@ -1,18 +1,19 @@
 """What a run asks of local training, with the paper's symbols."""
 
 import math
-from typing import Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 from spafl.errors import SettingsError
+from spafl.record import Limits, Record
 from spafl.step import NO_CLIP
 
 MIN_LR = 1e-30
 """Where a decaying learning rate stops: still a float32 above 0, so that a lease stays valid in round 100,000."""
 
 
-class Hyperparameters(BaseModel):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hyperparameters(Record):
     """How a device trains for one round. The defaults are the published FMNIST settings, but for `lr` and `ramp`.
 
     epochs         passes over the local examples
@@ -26,17 +27,15 @@ class Hyperparameters(BaseModel):
     clip           largest global gradient norm; None means no clipping
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-    epochs: int = Field(5, ge=1, le=1000)
-    batch_size: int = Field(64, ge=1, le=4096)
-    lr: float = Field(0.01, gt=0, le=10)
-    lr_decay: float = Field(1.0, gt=0, le=1)
-    threshold_lr: float | None = Field(None, ge=0, le=10)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    coeff: float = Field(0.002, ge=0, le=10)
+    epochs: Annotated[int, Limits(ge=1, le=1000)] = 5
+    batch_size: Annotated[int, Limits(ge=1, le=4096)] = 64
+    lr: Annotated[float, Limits(gt=0, le=10)] = 0.01
+    lr_decay: Annotated[float, Limits(gt=0, le=1)] = 1.0
+    threshold_lr: Annotated[float, Limits(ge=0, le=10)] | None = None
+    momentum: Annotated[float, Limits(ge=0, lt=1)] = 0.9
+    coeff: Annotated[float, Limits(ge=0, le=10)] = 0.002
     ramp: Literal["none", "fmnist"] = "none"
-    clip: float | None = Field(None, gt=0, le=1e6)
+    clip: Annotated[float, Limits(gt=0, le=1e6)] | None = None
 
     def scalars(self) -> dict[str, float]:
         """Returns the inputs of a training step by name, as in `spafl.step.SCALARS`."""
@@ -61,12 +60,11 @@ class Hyperparameters(BaseModel):
         decay = self.lr_decay**round
         threshold_lr = self.lr if self.threshold_lr is None else self.threshold_lr
         ramp = 1 / (1 + math.exp(5 - 10 * round / rounds)) if self.ramp == "fmnist" else 1.0
-        return self.model_copy(
-            update={
-                "lr": max(self.lr * decay, MIN_LR),
-                "threshold_lr": threshold_lr * decay,
-                "coeff": self.coeff * ramp,
-                "lr_decay": 1.0,
-                "ramp": "none",
-            }
+        return replace(
+            self,
+            lr=max(self.lr * decay, MIN_LR),
+            threshold_lr=threshold_lr * decay,
+            coeff=self.coeff * ramp,
+            lr_decay=1.0,
+            ramp="none",
         )

@@ -3,30 +3,23 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Self, TypeAlias
 
 from spafl.canonical import canonical_json, sha256_hex
-from spafl.errors import BundleError, LayoutError
+from spafl.errors import BundleError
 from spafl.layout import MAX_AXIS, MAX_NAME, ThresholdLayout
+from spafl.record import Limits, Record, RecordError
 from spafl.step import ROWS
 
 FORMAT = "spafl-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_BUNDLE_BYTES = 2 << 30
 MAX_FILES = 64
+
+Role: TypeAlias = Literal["weight", "threshold", "parameter", "statistic"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
 
@@ -42,33 +35,19 @@ def safe_file_name(name: str) -> str:
     return name
 
 
-def _layout(value: Any) -> ThresholdLayout:
-    if isinstance(value, ThresholdLayout):
-        return value
-    try:
-        return ThresholdLayout.from_json(value)
-    except LayoutError as error:
-        raise ValueError(str(error)) from error
-
-
-Layout = Annotated[ThresholdLayout, PlainValidator(_layout), PlainSerializer(ThresholdLayout.to_json)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StateTensor(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateTensor(Record):
     """A tensor of the state a device keeps.
 
     role    weight and threshold belong to a masked layer; parameter is trained; statistic is updated, not trained
-    layer   the masked layer whose filters its first axis runs over (weights, thresholds, the norm behind them)
-    rows    True where the train step takes and returns only the active rows of it
+    layer   the masked layer whose filters its first axis runs over (weights, thresholds, the norm behind them); with
+            rows, the first of all layers that share these rows
+    rows    True where the train step takes and returns only some rows of it: those in active.<layer>
     """
 
-    name: str = Field(min_length=1, max_length=2 * MAX_NAME)
-    shape: tuple[Annotated[int, Field(ge=1, le=MAX_AXIS)], ...] = Field(max_length=8)
-    role: Literal["weight", "threshold", "parameter", "statistic"]
+    name: Annotated[str, Limits(min_length=1, max_length=2 * MAX_NAME)]
+    shape: Annotated[tuple[Annotated[int, Limits(ge=1, le=MAX_AXIS)], ...], Limits(max_length=8)]
+    role: Role
     layer: str | None = None
     rows: bool = False
 
@@ -83,7 +62,8 @@ class StateTensor(_Frozen):
         return f"{ROWS}{self.name}" if self.rows else self.name
 
 
-class TrainStep(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStep(Record):
     """The form of `train_step.onnx`: `rows` takes active rows only and is exact; `dense` takes whole tensors.
 
     reason says why rows was refused, or what makes it exact.
@@ -93,80 +73,99 @@ class TrainStep(_Frozen):
     reason: str
 
 
-class Compaction(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compaction(Record):
     """A layer with weights, what it costs, and what compaction does with its pruned filters.
 
     out, n_in   filters and weights per filter
     positions   outputs per filter and example: H * W of a convolution's output, 1 of a linear layer on (N, features)
-    reads       the layer whose channels it reads and whose dropped ones it leaves out; None: it reads all there are
-    drops       whether its pruned filters are dropped; `reason` says why, or why not
+    reads       layers of whose channels it reads only those that stay, and how many of a filter's weights each feeds
+    groups      of a convolution: a filter reads the channels of its own group alone
+    drops       whether filters are dropped; `reason` says why, or why not
+    live        which stay if so: those of which, for any of these sets, the filters of all its layers are active
+    blocks      stretches of the filters that keep equally many: heads of attention, groups of a convolution
+    width_at    byte of `infer.onnx` where five hold the number of filters that stay; None: it stands nowhere
     """
 
     layer: str
-    out: int = Field(ge=1)
-    n_in: int = Field(ge=1)
-    positions: int = Field(ge=1)
-    reads: str | None
+    out: Annotated[int, Limits(ge=1)]
+    n_in: Annotated[int, Limits(ge=1)]
+    positions: Annotated[int, Limits(ge=1)]
+    reads: dict[str, int] = field(default_factory=dict)
+    groups: Annotated[int, Limits(ge=1)] = 1
     drops: bool
+    live: tuple[tuple[str, ...], ...] = ()
+    blocks: Annotated[int, Limits(ge=1)] = 1
+    width_at: Annotated[int, Limits(ge=0)] | None = None
     reason: str
 
 
-class InputSpec(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputSpec(Record):
     """The examples a model takes, float32 (batch, *shape); bytes become (value / 255 - mean) / std by channel."""
 
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    @model_validator(mode="after")
-    def _one_per_channel(self) -> Self:
+    def check(self) -> None:
+        """Returns nothing if there is a mean and a deviation per channel."""
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"input shape {self.shape} needs positive sizes")
         if len(self.mean) != self.shape[0] or len(self.std) != self.shape[0] or min(self.std) <= 0:
             raise ValueError(
                 f"expected {self.shape[0]} means and positive deviations, got {self.mean} and {self.std}"
             )
-        return self
 
 
-class EngineFiles(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFiles(Record):
     """The files an engine runs, by role, and what they need of it.
 
     requires   format or package -> version: {"opset": "18", "ir_version": "8"}, {"executorch": "1.5.1"}
     operators  by role, operators with their counts
     """
 
-    files: dict[str, Annotated[str, AfterValidator(safe_file_name)]]
+    files: dict[str, str]
     requires: dict[str, str]
     operators: dict[str, dict[str, int]]
 
+    def check(self) -> None:
+        """Returns nothing if the names of the files are safe."""
+        for name in self.files.values():
+            safe_file_name(name)
 
-class FileEntry(_Frozen):
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry(Record):
     """Size and SHA-256 of one file of the bundle."""
 
-    bytes: int = Field(ge=0, le=MAX_FILE_BYTES)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: Annotated[int, Limits(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest(Record):
     """Everything about a bundle but its bytes. Its id is the SHA-256 of its canonical JSON."""
 
     format: Literal["spafl-bundle"] = "spafl-bundle"
-    format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    layout: Layout
+    format_version: Literal[2] = 2
+    name: Annotated[str, Limits(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    layout: ThresholdLayout
     state: tuple[StateTensor, ...]
     input: InputSpec
-    labels: tuple[str, ...] = Field(min_length=2, max_length=100_000)
-    options: dict[str, str | bool | float] = {}
+    labels: Annotated[tuple[str, ...], Limits(min_length=2, max_length=100_000)]
+    options: dict[str, str | bool | float] = field(default_factory=dict)
     train_step: TrainStep
     compaction: tuple[Compaction, ...]
     engines: dict[str, EngineFiles]
-    files: dict[Annotated[str, AfterValidator(safe_file_name)], FileEntry] = Field(max_length=MAX_FILES)
+    files: Annotated[dict[str, FileEntry], Limits(max_length=MAX_FILES)]
     producer: dict[str, str]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def check(self) -> None:
+        """Returns nothing if state, layout, engines and files fit together, and it has an id."""
+        for name in self.files:
+            safe_file_name(name)
         shapes = {tensor.name: tensor.shape for tensor in self.state}
         if len(shapes) != len(self.state):
             raise ValueError("state tensor names repeat")
@@ -185,8 +184,7 @@ class Manifest(_Frozen):
             raise ValueError(f"both files and folders: {sorted(folders)}")
         if sum(entry.bytes for entry in self.files.values()) > MAX_BUNDLE_BYTES:
             raise ValueError(f"more than {MAX_BUNDLE_BYTES} bytes of files")
-        canonical_json(self.model_dump(mode="json"))  # a number that has no canonical spelling has no id
-        return self
+        self.to_bytes()  # a number that has no canonical spelling has no id
 
     @property
     def id(self) -> str:
@@ -195,7 +193,7 @@ class Manifest(_Frozen):
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON: the exact bytes of `manifest.json`."""
-        return canonical_json(self.model_dump(mode="json"))
+        return canonical_json(self.to_json())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -208,10 +206,10 @@ class Manifest(_Frozen):
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleError(f"manifest of {len(data)} bytes, expected at most {MAX_MANIFEST_BYTES}")
         try:
-            manifest = cls.model_validate_json(data)
-        except ValidationError as error:
+            manifest = cls.from_text(data)
+        except RecordError as error:
             raise BundleError(
-                f"not a bundle this version reads ({FORMAT} {FORMAT_VERSION}): {_first(error)}"
+                f"not a bundle this version reads ({FORMAT} {FORMAT_VERSION}): {error}"
             ) from error
         if manifest.to_bytes() != data:
             raise BundleError("the manifest is not canonical JSON, so its hash is not the bundle's id")
@@ -223,16 +221,11 @@ class Manifest(_Frozen):
         Raises:
             BundleError: unsafe names, too many or too large files, or an engine's file is not among them.
         """
-        entries = {
-            name: {"bytes": len(data), "sha256": sha256_hex(data)} for name, data in sorted(files.items())
-        }
         try:
-            return self.model_validate({**self.model_dump(), "files": entries})
-        except ValidationError as error:
-            raise BundleError(f"these files make no bundle: {_first(error)}") from error
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "manifest.json"
-    return f"{where}: {first['msg']}"
+            entries = {
+                name: FileEntry(bytes=len(data), sha256=sha256_hex(data))
+                for name, data in sorted(files.items())
+            }
+            return replace(self, files=entries)
+        except RecordError as error:
+            raise BundleError(f"these files make no bundle: {error}") from error

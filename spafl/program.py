@@ -10,22 +10,21 @@ bytes; put where the header says, they make it whole. So the device computes not
 with it.
 """
 
-import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Self, TypeAlias
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
 
-from spafl import algorithm
+from spafl.algorithm import Mask
 from spafl.canonical import canonical_json, sha256_hex
 from spafl.errors import WireError
 from spafl.layout import MAX_NAME, Floats, ThresholdLayout
-from spafl.protocol import BundleId, Message
+from spafl.protocol import BundleId
+from spafl.record import Limits, Record, RecordError
 
 MASK_MEDIA_TYPE = "application/vnd.spafl.mask"
 PROGRAM_MEDIA_TYPE = "application/vnd.spafl.program"
@@ -35,29 +34,6 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 32 << 20
 """Of a program without its weights, LeNet-5's has 18 kB: it grows with the number of layers, not with their size."""
 MAX_MODEL_BYTES = 1 << 30
-
-ACTIVE, PRUNED = np.float32(-1.0), np.float32(1e30)
-"""Thresholds no score comes near: scores are means of absolute values."""
-
-Mask: TypeAlias = Mapping[str, NDArray[np.bool_]]
-"""Which filters (out,) of each masked layer are active, by layer name."""
-
-
-def mask_of(layout: ThresholdLayout, state: Mapping[str, Floats]) -> dict[str, NDArray[np.bool_]]:
-    """Returns which filters of a state are active."""
-    return {layer.name: algorithm.mask(layer, state) for layer in layout.layers}
-
-
-def decided(layout: ThresholdLayout, state: Mapping[str, Floats], mask: Mask) -> dict[str, Floats]:
-    """Returns `state` with thresholds that say `mask` whoever computes the scores, and in whatever order.
-
-    A filter whose score is its threshold to the last bit may be active to one runtime and pruned to another.
-    """
-    thresholds = {
-        layer.threshold: np.where(mask[layer.name], ACTIVE, PRUNED).astype(np.float32)
-        for layer in layout.layers
-    }
-    return {**state, **thresholds}
 
 
 def mask_bytes(layout: ThresholdLayout) -> int:
@@ -90,7 +66,8 @@ def decode_mask(layout: ThresholdLayout, body: bytes) -> dict[str, NDArray[np.bo
     return {layer.name: bits[layer.span].copy() for layer in layout.layers}
 
 
-class ProgramHeader(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramHeader(Record):
     """What a program is of, and how to make it whole.
 
     mask         SHA-256 of the mask's body
@@ -101,39 +78,38 @@ class ProgramHeader(Message):
     """
 
     bundle: BundleId
-    layout: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    mask: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    executorch: Annotated[str, Field(max_length=64)]
+    layout: Annotated[str, Limits(pattern=r"^[0-9a-f]{16}$")]
+    mask: Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
+    executorch: Annotated[str, Limits(max_length=64)]
     inputs: Annotated[
-        tuple[Annotated[str, Field(max_length=2 * MAX_NAME)], ...], Field(min_length=1, max_length=65_536)
+        tuple[Annotated[str, Limits(max_length=2 * MAX_NAME)], ...], Limits(min_length=1, max_length=65_536)
     ]
     holes: Annotated[
         tuple[
             tuple[
-                Annotated[int, Field(ge=0, le=MAX_MODEL_BYTES)],
-                Annotated[int, Field(ge=4, le=MAX_MODEL_BYTES, multiple_of=4)],
+                Annotated[int, Limits(ge=0, le=MAX_MODEL_BYTES)],
+                Annotated[int, Limits(ge=4, le=MAX_MODEL_BYTES, multiple_of=4)],
             ],
             ...,
         ],
-        Field(min_length=1, max_length=65_536),
+        Limits(min_length=1, max_length=65_536),
     ]
-    fold: Annotated[int, Field(ge=1, le=MAX_BODY_BYTES)]
-    model: Annotated[int, Field(ge=1, le=MAX_BODY_BYTES)]
+    fold: Annotated[int, Limits(ge=1, le=MAX_BODY_BYTES)]
+    model: Annotated[int, Limits(ge=1, le=MAX_BODY_BYTES)]
 
     @property
     def whole(self) -> int:
         """Returns the bytes of the model's file once it is filled."""
         return self.model + sum(size for _, size in self.holes)
 
-    @model_validator(mode="after")
-    def _holes_lie_in_the_model(self) -> Self:
+    def check(self) -> None:
+        """Returns nothing if the holes lie in the model, one after the other."""
         if any(start + size > after for (start, size), (after, _) in pairwise(self.holes)):
             raise ValueError("holes overlap, or are not in order")
         if sum(self.holes[-1]) > self.whole or self.whole > MAX_MODEL_BYTES:
             raise ValueError(
                 f"holes reach beyond the model's {self.whole} bytes, or those beyond what is sane"
             )
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +150,13 @@ def hollow(
         kept.append(model[end:offset])
         end = offset + size
     cut = b"".join([*kept, model[end:]])
-    described = ProgramHeader.model_validate(
-        {**header, "holes": tuple(holes), "fold": len(fold), "model": len(cut)}
-    )
+    described = ProgramHeader.from_json({**header, "holes": holes, "fold": len(fold), "model": len(cut)})
     return HollowProgram(described, fold, cut)
 
 
 def encode_program(program: HollowProgram) -> bytes:
     """Returns the body for `program`; equal programs give equal bytes."""
-    text = canonical_json(program.header.model_dump(mode="json"))
+    text = canonical_json(program.header.to_json())
     return struct.pack("<Q", len(text)) + text + program.fold + program.model
 
 
@@ -201,9 +175,9 @@ def decode_program(body: bytes) -> HollowProgram:
         raise WireError(f"header of {length} bytes, expected at most {min(MAX_HEADER_BYTES, len(body) - 8)}")
     start = 8 + length
     try:
-        header = ProgramHeader.model_validate(json.loads(body[8:start].decode()))
-    except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
-        raise WireError(f"not the header of a program: {_first(error)}") from None
+        header = ProgramHeader.from_text(body[8:start])
+    except RecordError as error:
+        raise WireError(f"not the header of a program: {error}") from None
     if len(body) - start != header.fold + header.model:
         raise WireError(
             f"expected {header.fold} and {header.model} bytes of programs, got {len(body) - start}"
@@ -214,10 +188,3 @@ def decode_program(body: bytes) -> HollowProgram:
 def mask_digest(body: bytes) -> str:
     """Returns what a program's header calls its mask: the SHA-256 of the mask's body."""
     return sha256_hex(body)
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc']) or 'header'}: {first['msg']}"
-    return str(error)[:200]

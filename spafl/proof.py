@@ -3,16 +3,19 @@
 The same for every runtime and room: two models are run on the same real inputs, and then timed in turns.
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from spafl.layout import Floats
 from spafl.manifest import Compaction, Manifest
+from spafl.record import Record
+from spafl.rows import kept_filters, needed
 
 PROOF = "proof.json"
 MAX_EXAMPLES = 512
@@ -23,11 +26,8 @@ WARM_UP = 5
 """Runs of each model that are not counted."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class LayerProof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerProof(Record):
     """What became of one layer: filters kept of total, and why."""
 
     layer: str
@@ -36,7 +36,8 @@ class LayerProof(_Frozen):
     reason: str
 
 
-class ModelFigures(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFigures(Record):
     """Size and speed of one model: file bytes, weights, FLOPs per example, latency in ms at batch 1."""
 
     bytes: int
@@ -46,7 +47,8 @@ class ModelFigures(_Frozen):
     latency_p95_ms: float
 
 
-class Precision(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision(Record):
     """What float16 or int8 made of the compact model: the model file then is this one, and no longer equal.
 
     kind                  fp16 or int8
@@ -70,7 +72,8 @@ class Precision(_Frozen):
     latency_p95_ms: float
 
 
-class Proof(_Frozen):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof(Record):
     """That the compact model computes what the masked one does, on `examples` real inputs.
 
     bundle                its id; None where the model was in none
@@ -125,12 +128,14 @@ def prove(
     bundle: str | None = None,
     threads: int = 1,
     runs: int = 200,
+    multiple: int = 1,
 ) -> Proof:
     """Returns the comparison of two models; whether they are equal is for the caller to look at.
 
     active     which filters (out,) of each masked layer are
     examples   (n, *shape) float32, n >= 1; at most the first 512 are used
     runs       of each model for its latency, in turns so that both meet the same machine
+    multiple   what the compact model's widths were rounded up to
     """
     examples = examples[:MAX_EXAMPLES]
     got, expected = compact.logits(examples), masked.logits(examples)
@@ -138,21 +143,26 @@ def prove(
     relative = difference / max(largest, 1e-30)
     agreement = _agreement(got, expected, RELATIVE_TOLERANCE * largest)
     latency = _latencies((masked.once, compact.once), examples, runs)
-    kept = kept_filters(manifest.compaction, active)
+    kept = kept_filters(manifest.compaction, active, multiple)
     return Proof(
         bundle=bundle,
         examples=len(examples),
-        max_difference=difference,
-        relative_difference=relative,
+        max_difference=_finite(difference),
+        relative_difference=_finite(relative),
         argmax_agreement=agreement,
         equal=relative <= RELATIVE_TOLERANCE and agreement == 1.0,
         density={name: float(rows.mean()) for name, rows in active.items()},
-        layers=layer_proofs(manifest.compaction, active),
+        layers=layer_proofs(manifest.compaction, active, multiple),
         masked=_figures(manifest.compaction, {}, masked.bytes, latency[0]),
         compact=_figures(manifest.compaction, kept, compact.bytes, latency[1]),
         threads=threads,
         runtime=runtime,
     )
+
+
+def _finite(difference: float) -> float:
+    """Returns `difference`, or the largest number where a model left the finite ones: JSON has no NaN."""
+    return difference if math.isfinite(difference) else sys.float_info.max
 
 
 def measure_precision(
@@ -183,16 +193,11 @@ def measure_precision(
         accuracy_before=float((before == labels).mean()),
         accuracy_after=float((chosen == labels).mean()),
         argmax_agreement=float((chosen == before).mean()),
-        relative_difference=difference,
+        relative_difference=_finite(difference),
         bytes=converted.bytes,
         latency_median_ms=round(float(median), 4),
         latency_p95_ms=round(float(p95), 4),
     )
-
-
-def kept_filters(compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
-    """Returns how many filters each layer that drops keeps: its active ones, at least one."""
-    return {entry.layer: max(1, int(active[entry.layer].sum())) for entry in compaction if entry.drops}
 
 
 def _agreement(got: Floats, expected: Floats, allowed: float) -> float:
@@ -219,15 +224,15 @@ def _latencies(
 
 
 def layer_proofs(
-    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]]
+    compaction: Sequence[Compaction], active: Mapping[str, NDArray[np.bool_]], multiple: int = 1
 ) -> tuple[LayerProof, ...]:
     """Returns what becomes of each layer whose filters are `active` or not: how many stay, and why."""
-    kept = kept_filters(compaction, active)
+    kept = kept_filters(compaction, active, multiple)
     proofs = []
     for entry in compaction:
         reason = entry.reason
-        if entry.drops and not active[entry.layer].any():
-            reason = "no filter is active: one is kept, as zeros, because runtimes refuse empty layers"
+        if entry.drops:
+            reason = _why_kept(entry, kept[entry.layer], active) or reason
         proofs.append(
             LayerProof(
                 layer=entry.layer, kept=kept.get(entry.layer, entry.out), total=entry.out, reason=reason
@@ -236,14 +241,35 @@ def layer_proofs(
     return tuple(proofs)
 
 
+def _why_kept(entry: Compaction, kept: int, active: Mapping[str, NDArray[np.bool_]]) -> str | None:
+    """Returns why more filters are kept than are active, or fewer; None if it is as many."""
+    used = needed(entry, active)
+    count = int(used.sum())
+    own = int(active[entry.layer].sum()) if entry.layer in active else entry.out
+    if count == 0:
+        return "no filter is needed: one is kept, because runtimes refuse empty layers"
+    others = sorted({layer for layers in entry.live for layer in layers} - {entry.layer})
+    reasons = []
+    if count > own:
+        reasons.append(f"{count - own} pruned ones stay: {', '.join(others)} needs their channels")
+    elif count < own:
+        reasons.append(
+            f"{own - count} active ones go too: {', '.join(others)} makes nothing of their channels"
+        )
+    if kept > count and entry.blocks > 1:
+        reasons.append(f"{kept - count} fill up: each of {entry.blocks} blocks keeps equally many")
+    elif kept > count:
+        reasons.append(f"{kept - count} fill up what the width was rounded to")
+    return "; ".join(reasons) or None
+
+
 def layer_costs(compaction: Sequence[Compaction], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Returns weights and FLOPs per example of each layer while those in `kept` have so many filters, by layer."""
     costs = {}
     outs = {entry.layer: entry.out for entry in compaction}
     for entry in compaction:
-        columns = entry.n_in
-        if entry.reads is not None and entry.reads in kept:
-            columns = columns * kept[entry.reads] // outs[entry.reads]
+        gone = {layer: outs[layer] - kept.get(layer, outs[layer]) for layer in entry.reads}
+        columns = entry.n_in - sum(gone[layer] // entry.groups * each for layer, each in entry.reads.items())
         size = kept.get(entry.layer, entry.out) * columns
         costs[entry.layer] = size, 2 * size * entry.positions  # a multiplication and an addition each
     return costs

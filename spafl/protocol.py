@@ -3,11 +3,12 @@
 Times are seconds since the Unix epoch (float, UTC); durations are seconds.
 """
 
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from spafl.hyperparameters import Hyperparameters
+from spafl.record import Limits, Record
 
 PREFIX = "/v1"
 METRICS_HEADER = "Spafl-Metrics"
@@ -30,27 +31,18 @@ EventKind = Literal[
     "lease.expired",
     "update.accepted",
 ]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-BundleId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Name = Annotated[str, Limits(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+BundleId = Annotated[str, Limits(pattern=r"^[0-9a-f]{64}$")]
+Seconds = Annotated[float, Limits(ge=0, le=1e12)]
 
 
-class Message(BaseModel):
-    """A message: unknown fields are refused, numbers are finite, nothing changes after reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Request(Message):
-    """What a client decides: a number is a number here, never text or a truth value that could be read as one."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Problem(BaseModel):
+@dataclass(
+    frozen=True, kw_only=True
+)  # no slots: pydantic puts the members it does not know beside the fields
+class Problem(Record):
     """An error as RFC 9457 problem+json; `type` ends in a stable word, `detail` says what to do next."""
 
-    model_config = ConfigDict(extra="allow")
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {**Record.__pydantic_config__, "extra": "allow"}
 
     type: str
     title: str
@@ -59,39 +51,44 @@ class Problem(BaseModel):
     retry_after: float | None = None
 
 
-class Capabilities(Request):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities(Record):
     """What a device says about itself when it enrols or checks in."""
 
-    engine: Annotated[str, Field(max_length=64)] = "onnx"
-    platform: Annotated[str, Field(max_length=64)] = ""
-    version: Annotated[str, Field(max_length=64)] = ""
+    engine: Annotated[str, Limits(max_length=64)] = "onnx"
+    platform: Annotated[str, Limits(max_length=64)] = ""
+    version: Annotated[str, Limits(max_length=64)] = ""
 
 
-class EnrolmentRequest(Request):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnrolmentRequest(Record):
     """Body of POST /v1/devices, sent with an enrolment key as bearer token."""
 
     name: Name | None = None
     capabilities: Capabilities = Capabilities()
 
 
-class Enrolment(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enrolment(Record):
     """A new device: its id, and its token, shown this once."""
 
     device: str
-    token: str = Field(repr=False)
+    token: str = field(repr=False)
 
 
-class Policy(Request):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy(Record):
     """Conditions under which a device may train; a reading a device does not have counts as met."""
 
-    min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 0
+    min_battery_percent: Annotated[float, Limits(ge=0, le=100)] = 0
     require_charging: bool = False
     require_unmetered: bool = False
     require_idle: bool = False
-    max_temperature_celsius: Annotated[float, Field(ge=0, le=150)] | None = None
+    max_temperature_celsius: Annotated[float, Limits(ge=0, le=150)] | None = None
 
 
-class RunSettings(Request):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings(Record):
     """What an operator decides about a run.
 
     rounds           aggregations until the run is finished
@@ -106,15 +103,15 @@ class RunSettings(Request):
 
     name: Name
     bundle: BundleId
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 15
-    target: Annotated[int, Field(ge=1, le=100_000)] = 5
-    minimum: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
-    deadline: Annotated[float, Field(gt=0, le=30 * 86_400)] = 600.0
-    lease: Annotated[float, Field(gt=0, le=30 * 86_400)] = 300.0
+    rounds: Annotated[int, Limits(ge=1, le=100_000)] = 15
+    target: Annotated[int, Limits(ge=1, le=100_000)] = 5
+    minimum: Annotated[int, Limits(ge=1, le=100_000)] | None = None
+    over_selection: Annotated[float, Limits(ge=1, le=10)] = 1.0
+    deadline: Annotated[float, Limits(gt=0, le=30 * 86_400)] = 600.0
+    lease: Annotated[float, Limits(gt=0, le=30 * 86_400)] = 300.0
     weighting: Literal["examples", "plain"] = "examples"
     precision: Literal["f32", "f16"] = "f32"
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters = Hyperparameters()  # noqa: RUF009 - it is frozen
     policy: Policy = Policy()
 
     @property
@@ -122,21 +119,22 @@ class RunSettings(Request):
         """Returns the updates a round needs at its deadline, the default worked in."""
         return (self.target + 1) // 2 if self.minimum is None else self.minimum
 
-    @model_validator(mode="after")
-    def _minimum_within_target(self) -> "RunSettings":
+    def check(self) -> None:
+        """Returns nothing if the minimum is within the target."""
         if self.least > self.target:
             raise ValueError(f"minimum {self.minimum} is more than target {self.target}")
-        return self
 
 
-class LeaseRequest(Request):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRequest(Record):
     """Body of a check-in: the global version the device has, and what it runs on."""
 
-    version: Annotated[int, Field(ge=0)] | None = None
+    version: Annotated[int, Limits(ge=0)] | None = None
     capabilities: Capabilities = Capabilities()
 
 
-class Lease(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease(Record):
     """A device's slot in a round, its own until `expires`.
 
     version           global thresholds to catch up to before training
@@ -156,7 +154,8 @@ class Lease(Message):
     policy: Policy
 
 
-class Metrics(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics(Record):
     """All a device tells about its training besides thresholds.
 
     examples   local training examples used; the aggregation weight under "examples"
@@ -165,16 +164,17 @@ class Metrics(Message):
     seconds    local training time
     """
 
-    examples: Annotated[int, Field(ge=1, le=10**9)]
-    loss: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
-    density: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(max_length=4096)] = ()
-    steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
-    seconds: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    collapsed: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=4096)] = ()
+    examples: Annotated[int, Limits(ge=1, le=10**9)]
+    loss: Annotated[float, Limits(ge=-1e6, le=1e6)] | None = None
+    accuracy: Annotated[float, Limits(ge=0, le=1)] | None = None
+    density: Annotated[tuple[Annotated[float, Limits(ge=0, le=1)], ...], Limits(max_length=4096)] = ()
+    steps: Annotated[int, Limits(ge=0, le=10**9)] | None = None
+    seconds: Annotated[float, Limits(ge=0, le=1e9)] | None = None
+    collapsed: Annotated[tuple[Annotated[str, Limits(max_length=256)], ...], Limits(max_length=4096)] = ()
 
 
-class RoundView(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundView(Record):
     """A round as operators see it: its devices start from `version`; aggregated, it makes `version + 1`."""
 
     run: str
@@ -195,7 +195,8 @@ class RoundView(Message):
     density: tuple[float, ...] = ()
 
 
-class RunView(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunView(Record):
     """A run as operators and devices see it."""
 
     run: str
@@ -209,7 +210,8 @@ class RunView(Message):
     rounds_failed: int
 
 
-class BundleView(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleView(Record):
     """A bundle the server holds."""
 
     id: BundleId
@@ -220,7 +222,8 @@ class BundleView(Message):
     created: Seconds
 
 
-class DeviceView(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceView(Record):
     """A device as operators see it; never its token."""
 
     device: str
@@ -231,7 +234,8 @@ class DeviceView(Message):
     updates: int
 
 
-class Event(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event(Record):
     """Something that happened in a run; `id` grows by one per event and resumes a stream (Last-Event-ID)."""
 
     id: int
@@ -240,10 +244,11 @@ class Event(Message):
     kind: EventKind
     round: int | None = None
     device: str | None = None
-    data: dict[str, int | float | str | bool | list[float] | None] = {}
+    data: dict[str, int | float | str | bool | list[float] | None] = field(default_factory=dict)
 
 
-class Versions(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Versions(Record):
     """What runs where: package name -> version."""
 
     spafl: str

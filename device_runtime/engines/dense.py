@@ -13,6 +13,7 @@ from spafl import algorithm
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import Manifest
+from spafl.rows import training_rows
 from spafl.step import ACTIVE, MOMENTUM
 
 
@@ -51,15 +52,9 @@ class DenseEngine(ABC):
         caught_up = algorithm.apply_global(layout, state, base, target)
         density = algorithm.densities(layout, caught_up)
         started, collapsed = algorithm.reset_collapsed(layout, caught_up)
-        in_rows = {tensor.layer for tensor in self.manifest.state if tensor.rows}
-        self._active = {
-            layer.name: _active_rows(algorithm.mask(layer, started))
-            for layer in layout.layers
-            if layer.name in in_rows
-        }
+        self._active = training_rows(self.manifest, algorithm.mask_of(layout, started))
         tensors = {
-            tensor.name: np.array(started[tensor.name], np.float32, order="C")
-            for tensor in self.manifest.state
+            tensor.name: _own(started[tensor.name], state[tensor.name]) for tensor in self.manifest.state
         }
         momenta = {
             MOMENTUM + tensor.name: np.zeros(tensor.shape, np.float32)
@@ -106,7 +101,6 @@ class DenseEngine(ABC):
         return self._active
 
 
-def _active_rows(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns the ascending indices (k,) of the mask's ones; of its first row if it has none, as the graphs do."""
-    rows = np.flatnonzero(mask).astype(np.int64)
-    return rows if len(rows) else np.zeros(1, np.int64)
+def _own(value: Floats, given: Floats) -> Floats:
+    """Returns `value` in C order, a copy where it is still the caller's `given`: weights caught up are new already."""
+    return np.array(value, np.float32, order="C", copy=True if value is given else None)

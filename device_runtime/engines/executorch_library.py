@@ -10,13 +10,8 @@ import hashlib
 import importlib.util
 import os
 import platform
-import shlex
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from importlib.metadata import Distribution
-from importlib.resources import files
 from pathlib import Path
 
 from device_runtime.engines.engine import EngineError
@@ -93,6 +88,8 @@ def build(package: Path, out: Path | None = None, compiler: str | None = None) -
     path = shim_path(package) if out is None else out / SHIM
     if out is None and path.is_file():
         return path
+    import tempfile  # as elsewhere here, what only a build needs: a training process has not the memory to spare
+
     command = _compiler(compiler)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +177,12 @@ def load_backend(name: str, libraries: Path) -> None:
 
 
 def _release(package: Path) -> str:
-    found = next(iter(Distribution.discover(name="executorch", path=[str(package.parent)])), None)
-    return found.version.partition("+")[0] if found else "one of unknown version"
+    # read by hand: importlib.metadata would cost a training process 2 MB
+    for file in package.parent.glob("executorch-*.dist-info/METADATA"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Version:"):
+                return line.removeprefix("Version:").strip().partition("+")[0]
+    return "one of unknown version"
 
 
 def _built_for(libraries: Path) -> str:
@@ -191,10 +192,12 @@ def _built_for(libraries: Path) -> str:
 
 
 def _source() -> str:
-    return (files("device_runtime.engines") / "shim" / "program.cpp").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "shim" / "program.cpp").read_text(encoding="utf-8")
 
 
 def _compiler(given: str | None) -> list[str]:
+    import shlex
+
     given = given or os.environ.get("CXX")
     for name in [given] if given else COMPILERS:
         command = shlex.split(name)
@@ -207,6 +210,8 @@ def _compiler(given: str | None) -> list[str]:
 
 
 def _compile(compiler: Sequence[str], package: Path, scratch: Path) -> Path:
+    import subprocess
+
     source, made = scratch / "program.cpp", scratch / SHIM
     source.write_text(_source(), encoding="utf-8")
     include = package / "include"

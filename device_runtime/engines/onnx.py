@@ -13,6 +13,7 @@ from spafl.bundle import Bundle
 from spafl.hyperparameters import Hyperparameters
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
+from spafl.rows import infer_graph
 from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 
 PREDICTION_BATCH = 256
@@ -29,7 +30,7 @@ def options(threads: int, spinning: bool) -> ort.SessionOptions:
     return chosen
 
 
-def supply_state(chosen: ort.SessionOptions, state: Mapping[str, Floats]) -> list[ort.OrtValue]:
+def supply_state(chosen: ort.SessionOptions, state: Mapping[str, NDArray[Any]]) -> list[ort.OrtValue]:
     """Returns the values a session made with `chosen` will use as its external initialisers.
 
     Keep them as long as the session: it may read their memory without owning it. Not by add_initializer: constant
@@ -140,8 +141,9 @@ class OnnxEngine:
     def predict(self, state: Mapping[str, Floats], x: Floats) -> Floats:
         """Returns logits (n, labels); see `Engine`."""
         chosen = options(self._threads, self._spinning)
-        held = supply_state(chosen, state)
-        result = logits(session(self._file("infer"), chosen), x)
+        graph, supplied = infer_graph(self._file("infer"), self.manifest, state)
+        held = supply_state(chosen, supplied)
+        result = logits(session(graph, chosen), x)
         del held  # not before: the session reads it
         return result
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx2
-from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
 from spafl import __version__
 from spafl.bundle import Bundle, write_bundle
 from spafl.errors import SettingsError, SpaflError
 from spafl.protocol import PREFIX, BundleView, Event, Problem, RoundView, RunSettings, RunView
+from spafl.record import Record, RecordError, parsed_json
+from spafl.secret import Secret
 
 Action: TypeAlias = Literal["start", "pause", "resume", "stop"]
 
@@ -29,7 +30,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
 MAX_ANSWER_BYTES = 64 << 20
 _PIECE = 1 << 20
 _PASSING = frozenset({408, 425, 429, 502, 503, 504})
-_Answer = TypeVar("_Answer", bound=BaseModel)
+_Answer = TypeVar("_Answer", bound=Record)
 
 
 class Refused(SpaflError):  # noqa: N818 - an answer, not a fault
@@ -61,7 +62,7 @@ class OperatorClient:
     def __init__(
         self,
         server: str,
-        token: SecretStr,
+        token: Secret,
         *,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -104,9 +105,7 @@ class OperatorClient:
     def create(self, settings: RunSettings) -> RunView:
         """Returns the run of `settings`: new, or the one that already is exactly so."""
         headers = {"Content-Type": "application/json"}
-        return self._one(
-            RunView, "POST", "/runs", content=settings.model_dump_json().encode(), headers=headers
-        )
+        return self._one(RunView, "POST", "/runs", content=settings.to_text().encode(), headers=headers)
 
     def runs(self) -> list[RunView]:
         """Returns every run."""
@@ -222,7 +221,7 @@ class OperatorClient:
         self._sleep(max(wait, min(error.after or 0, LONGEST_WAIT)))
 
     def _bearer(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._token.get_secret_value()}"}
+        return {"Authorization": f"Bearer {self._token.reveal()}"}
 
     def _unreachable(self, method: str, path: str, error: Exception) -> Unreachable:
         return Unreachable(
@@ -270,8 +269,8 @@ def _check(response: httpx2.Response) -> None:
     body, status = _bounded(response), response.status_code
     where = f"{response.request.method} {response.request.url.path}"
     try:
-        problem = Problem.model_validate_json(body)
-    except ValidationError:
+        problem = Problem.from_text(body)
+    except RecordError:
         text, after = (
             f"{where}: {status} {response.reason_phrase}, and no word why: is this a spafl server?",
             None,
@@ -286,21 +285,20 @@ def _check(response: httpx2.Response) -> None:
 
 def _parsed(kind: type[_Answer], body: bytes, path: str) -> _Answer:
     try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
+        return kind.from_text(body)
+    except RecordError as error:
         raise _not_understood(error, path) from error
 
 
 def _parsed_list(kind: type[_Answer], body: bytes, path: str) -> list[_Answer]:
     try:
-        return TypeAdapter(list[kind]).validate_json(body)  # type: ignore[valid-type]
-    except ValidationError as error:
+        parsed = parsed_json(body)
+        if not isinstance(parsed, list):
+            raise RecordError("expected a list")
+        return [kind.from_json(value) for value in parsed]
+    except RecordError as error:
         raise _not_understood(error, path) from error
 
 
-def _not_understood(error: ValidationError, path: str) -> Refused:
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "answer"
-    return Refused(
-        f"{PREFIX}{path}: not an answer of a spafl server of this version: {where}: {first['msg']}"
-    )
+def _not_understood(error: RecordError, path: str) -> Refused:
+    return Refused(f"{PREFIX}{path}: not an answer of a spafl server of this version: {error}")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, SecretStr
 
 from server_api.operator import creation as option
 from server_api.operator import terminal
@@ -15,6 +14,8 @@ from server_api.operator.client import Action, OperatorClient
 from server_api.operator.progress import Progress
 from spafl.errors import SettingsError
 from spafl.protocol import RunView
+from spafl.record import Record
+from spafl.secret import Secret
 
 TOKEN_VARIABLE = "SPAFL_ADMIN_TOKEN"
 
@@ -45,7 +46,7 @@ def bundle(
     """Upload a bundle and print its id."""
     with _connected(server, token_file) as client:
         view = client.upload(file)
-    typer.echo(view.model_dump_json(indent=2) if as_json else view.id)
+    typer.echo(view.to_text(indent=2) if as_json else view.id)
 
 
 @app.command()
@@ -114,7 +115,7 @@ def status(name: Name, server: Server = LOCAL, token_file: TokenFile = None, as_
         view = client.run(name)
         open_round = None if view.round is None else client.round(name, view.round)
     if as_json:
-        typer.echo(view.model_dump_json(indent=2))
+        typer.echo(view.to_text(indent=2))
     else:
         terminal.console().print(terminal.run_card(view, open_round))
 
@@ -159,7 +160,7 @@ def close(
             raise SettingsError(f"run {name} has no open round: see `spafl run status {name}`")
         view = client.close_round(name, round)
     if as_json:
-        typer.echo(view.model_dump_json(indent=2))
+        typer.echo(view.to_text(indent=2))
     else:
         terminal.console().print(terminal.round_table([view]))
 
@@ -178,7 +179,7 @@ def watch(name: Name, server: Server = LOCAL, token_file: TokenFile = None, as_j
         else:
             for event in events:
                 progress = progress.after(event)
-                typer.echo(event.model_dump_json())
+                typer.echo(event.to_text())
     if progress.state != "finished":
         raise typer.Exit(1)
 
@@ -187,7 +188,7 @@ def _connected(server: str, token_file: Path | None) -> OperatorClient:
     return OperatorClient(server, _token(token_file))
 
 
-def _token(file: Path | None) -> SecretStr:
+def _token(file: Path | None) -> Secret:
     try:
         text = os.environ.get(TOKEN_VARIABLE, "") if file is None else file.read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -199,7 +200,7 @@ def _token(file: Path | None) -> SecretStr:
         )
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise SettingsError("the admin token is not one line of printable ASCII")
-    return SecretStr(token)
+    return Secret(token)
 
 
 def _is_id(bundle: str) -> bool:
@@ -208,11 +209,11 @@ def _is_id(bundle: str) -> bool:
 
 def _print(view: RunView, as_json: bool) -> None:
     if as_json:
-        typer.echo(view.model_dump_json(indent=2))
+        typer.echo(view.to_text(indent=2))
     else:
         terminal.console().print(terminal.run_table([view]))
 
 
-def _print_lines(views: Iterable[BaseModel]) -> None:
+def _print_lines(views: Iterable[Record]) -> None:
     for view in views:
-        typer.echo(view.model_dump_json())
+        typer.echo(view.to_text())

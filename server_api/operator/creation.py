@@ -1,18 +1,23 @@
 """The options of `spafl run create`: one per setting of a run, each with the protocol's own default."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel, ValidationError
 
 from spafl.errors import SettingsError
 from spafl.hyperparameters import Hyperparameters
 from spafl.protocol import Policy, RunSettings
+from spafl.record import Record, RecordError
 
 
-def _option(model: type[BaseModel], field: str, help: str, unset: str) -> Any:
-    default = model.model_fields[field].default
+def _defaults(kind: type[Record]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+
+
+def _option(kind: type[Record], field: str, help: str, unset: str) -> Any:
+    default = _defaults(kind)[field]
     return typer.Option(help=help, show_default=unset if default is None else str(default))
 
 
@@ -72,14 +77,11 @@ def settings_of(given: Mapping[str, Any]) -> RunSettings:
     """
     parts = {"hyperparameters": _of(Hyperparameters, given), "policy": _of(Policy, given)}
     try:
-        return RunSettings.model_validate({**_of(RunSettings, given), **parts})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if not first["loc"]:
-            raise SettingsError(first["msg"]) from error
-        option = str(first["loc"][-1]).replace("_", "-")
-        raise SettingsError(f"--{option}: {first['msg']}, got {first['input']!r:.80}") from error
+        return RunSettings.from_json({**_of(RunSettings, given), **parts})
+    except RecordError as error:
+        option = f"--{error.path[-1].replace('_', '-')}: " if error.path else ""
+        raise SettingsError(f"{option}{error.problem}") from error
 
 
-def _of(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in model.model_fields if given.get(name) is not None}
+def _of(kind: type[Record], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in _defaults(kind) if given.get(name) is not None}

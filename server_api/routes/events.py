@@ -40,7 +40,7 @@ async def follow_events(
     while True:
         events = await run_in_threadpool(coordinator.store.events, run, last, PAGE)
         for event in events:
-            yield ServerSentEvent(id=str(event.id), event=event.kind, raw_data=event.model_dump_json())
+            yield ServerSentEvent(id=str(event.id), event=event.kind, raw_data=event.to_text())
             last = event.id
         if len(events) < PAGE:
             if not follow or request.app.state.stopping.is_set():

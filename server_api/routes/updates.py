@@ -3,12 +3,12 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request, Response
-from pydantic import ValidationError
 
 from server_api import body_limit
 from server_api.dependencies import Caller, RoundNumber, Rounds, RunName
 from server_api.errors import BadMetrics, NotLeased, WrongMediaType
 from spafl.protocol import METRICS_HEADER, Metrics, Name
+from spafl.record import RecordError
 from spafl.wire import MEDIA_TYPE, max_body_bytes
 
 router = APIRouter(prefix="/runs/{run}/rounds/{round}/updates", tags=["updates"])
@@ -50,8 +50,6 @@ async def report(
 
 def _metrics(text: str) -> Metrics:
     try:
-        return Metrics.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise BadMetrics(f"header {METRICS_HEADER}: {where}: {first['msg']}") from None
+        return Metrics.from_text(text)
+    except RecordError as error:
+        raise BadMetrics(f"header {METRICS_HEADER}: {error}") from None

@@ -1,6 +1,7 @@
 """What runs here, and whether it does."""
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
 
@@ -8,14 +9,16 @@ from fastapi import APIRouter
 
 from server_api.dependencies import Rounds, admin
 from spafl import __version__
-from spafl.protocol import PREFIX, Message, Versions
+from spafl.protocol import PREFIX, Versions
+from spafl.record import Record
 
 router = APIRouter(prefix="/-", tags=["introspection"])
 
 _PACKAGES = ("fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "alembic", "numpy", "safetensors")
 
 
-class Health(Message):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health(Record):
     """The answer of a server that works, its database included."""
 
     status: Literal["ok"] = "ok"

@@ -7,10 +7,10 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.state import read_identity, read_journal, snapshot
+from spafl.secret import Secret
 from tests.arm64.closeness import assert_close
 from tests.arm64.machine import SECONDS, SPAFL, Machine
 from tests.e2e.test_operator import Serving
@@ -66,7 +66,7 @@ def test_a_round_of_both_architectures(
     mean = np.mean([layout.join(tensors) for tensors in trained.values()], axis=0, dtype=np.float64)
     identity = read_identity(states["arm64"])
     assert identity is not None
-    with Client(serving.url, SecretStr(identity.token.get_secret_value())) as client:
+    with Client(serving.url, Secret(identity.token.reveal())) as client:
         version = client.thresholds(RUN, 1, layout)
     assert_close({"tau": version.values}, {"tau": np.asarray(mean, np.float32)})
     assert not np.array_equal(version.values, opened.initial_thresholds())

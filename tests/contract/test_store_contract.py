@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def store(opener: Opener) -> Iterator[Store]:
 
 
 def settings(name: str = "run", **changes: object) -> RunSettings:
-    return RunSettings.model_validate(
+    return RunSettings.from_json(
         {"name": name, "bundle": BUNDLE.id, "target": 2, "rounds": 3, "deadline": 100, "lease": 30, **changes}
     )
 
@@ -109,7 +110,7 @@ def test_a_replaced_token_is_unknown(store):
 
 def test_bundles_are_kept_once(store):
     assert store.add_bundle(BUNDLE, b'{"a":1}')
-    assert not store.add_bundle(BUNDLE.model_copy(update={"name": "other"}), b"{}")
+    assert not store.add_bundle(replace(BUNDLE, name="other"), b"{}")
     assert store.bundle(BUNDLE.id) == BUNDLE
     assert store.bundles() == [BUNDLE]
     assert store.manifest(BUNDLE.id) == b'{"a":1}'

@@ -2,7 +2,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from device_runtime.agent import Agent, Work
 from device_runtime.client import Client
@@ -12,6 +11,7 @@ from device_runtime.state import DeviceState
 from device_runtime.training import Tempo
 from device_runtime.watch import Watch
 from spafl.bundle import Bundle
+from spafl.secret import Secret
 from tests.device_runtime.tiny import TOKEN, FileServer, NumpyEngine, tiny_bundle, tiny_data
 
 
@@ -43,7 +43,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def identity() -> Identity:
-    return Identity(server="http://server", device="d1", token=SecretStr(TOKEN))
+    return Identity(server="http://server", device="d1", token=Secret(TOKEN))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def agent(server: FileServer, state: DeviceState, watch: Watch, events: Events) 
         state.close()
         state.__init__(state.path)  # type: ignore[misc]  # what a restart reads
         wait = lambda seconds: watch.sleep(min(seconds, 0.001))  # noqa: E731
-        client = Client("http://server", SecretStr(TOKEN), transport=server.transport, wait=wait)
+        client = Client("http://server", Secret(TOKEN), transport=server.transport, wait=wait)
         return Agent(
             client,
             state,

@@ -113,7 +113,7 @@ def test_nothing_is_leased_before_the_device_can_train(agent: Make, server: File
 def test_a_state_of_another_run_leases_nothing(
     agent: Make, server: FileServer, state: DeviceState, bundle: Bundle
 ) -> None:
-    state.leased(make_lease(bundle).model_copy(update={"run": "other"}))
+    state.leased(replace(make_lease(bundle), run="other"))
     with pytest.raises(StateError, match="holds the model of run 'other'"):
         agent().work()
     assert not [request for request in server.requests if request.url.path.endswith("/leases")]
@@ -244,17 +244,16 @@ def test_a_stop_saves_the_step_and_the_next_call_goes_on_from_it(
 
 
 def trained_without_stop(bundle: Bundle, server: FileServer, tmp_path: Any) -> dict[str, np.ndarray]:
-    from pydantic import SecretStr
-
     from device_runtime.agent import Work
     from device_runtime.client import Client
     from device_runtime.journal import Identity
+    from spafl.secret import Secret
     from tests.device_runtime.tiny import TOKEN, tiny_data
 
     report = Events()
     with DeviceState(tmp_path / "other") as state, Watch(report) as watch:
-        state.enrolled(Identity(server="http://server", device="d1", token=SecretStr(TOKEN)))
-        client = Client("http://server", SecretStr(TOKEN), transport=server.transport)
+        state.enrolled(Identity(server="http://server", device="d1", token=Secret(TOKEN)))
+        client = Client("http://server", Secret(TOKEN), transport=server.transport)
         Agent(
             client,
             state,
@@ -355,9 +354,7 @@ def test_a_leased_round_is_asked_for_again(agent: Make, state: DeviceState, bund
 
 def test_batches_of_one_cannot_train_a_norm(agent: Make, server: FileServer, bundle: Bundle) -> None:
     lease = make_lease(bundle)
-    single = lease.model_copy(
-        update={"hyperparameters": lease.hyperparameters.model_copy(update={"batch_size": 1})}
-    )
+    single = replace(lease, hyperparameters=replace(lease.hyperparameters, batch_size=1))
     server.before = lambda request: json_answer(201, single) if request.url.path.endswith("/leases") else None
     with pytest.raises(DataError, match="at least 2"):
         agent().work()

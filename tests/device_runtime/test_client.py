@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 import httpx2
 import numpy as np
 import pytest
-from pydantic import SecretStr
 
 from device_runtime import errors
 from device_runtime.client import Client
@@ -12,6 +11,7 @@ from device_runtime.retry import Backoff
 from spafl.bundle import Bundle
 from spafl.errors import SettingsError
 from spafl.protocol import EnrolmentRequest, LeaseRequest
+from spafl.secret import Secret
 from spafl.wire import Thresholds, encode_thresholds, max_body_bytes
 from tests.device_runtime.tiny import LAYOUT, TOKEN, FileServer, json_answer, make_lease, problem, reply
 
@@ -37,7 +37,7 @@ class Wire:
         backoff = Backoff(first=1.0, cap=8.0, attempts=attempts)
         return Client(
             "http://server/",
-            SecretStr(TOKEN),
+            Secret(TOKEN),
             transport=httpx2.MockTransport(self.handle),
             backoff=backoff,
             wait=lambda seconds: self.waits.append(seconds) if seconds else None,
@@ -52,15 +52,15 @@ def test_a_lease_request_is_as_the_protocol_says(bundle: Bundle) -> None:
     assert (request.method, request.url.path) == ("POST", "/v1/runs/r/leases")
     assert request.headers["Authorization"] == f"Bearer {TOKEN}"
     assert request.headers["Content-Type"] == "application/json"
-    assert LeaseRequest.model_validate_json(request.content) == LeaseRequest(version=3)
+    assert LeaseRequest.from_text(request.content) == LeaseRequest(version=3)
 
 
 def test_enrolment_sends_the_key_and_keeps_the_token_masked() -> None:
     wire = Wire(lambda: reply(201, f'{{"device": "d7", "token": "{TOKEN}"}}'.encode()))
-    identity = wire.client().enrol(SecretStr(KEY), EnrolmentRequest(name="kitchen"))
+    identity = wire.client().enrol(Secret(KEY), EnrolmentRequest(name="kitchen"))
     assert wire.requests[0].headers["Authorization"] == f"Bearer {KEY}"
     assert (identity.device, identity.server) == ("d7", "http://server")
-    assert identity.token.get_secret_value() == TOKEN
+    assert identity.token.reveal() == TOKEN
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def test_a_near_retry_after_is_waited_for_and_a_far_one_left_to_the_caller(bundl
 def test_an_enrolment_that_may_have_arrived_is_not_repeated() -> None:
     wire = Wire(httpx2.ReadTimeout("slow"))
     with pytest.raises(errors.Unreachable):
-        wire.client().enrol(SecretStr(KEY), EnrolmentRequest())
+        wire.client().enrol(Secret(KEY), EnrolmentRequest())
     assert len(wire.requests) == 1
     wire = Wire(httpx2.ConnectError("refused"))
     with pytest.raises(errors.Unreachable):
-        wire.client(attempts=3).enrol(SecretStr(KEY), EnrolmentRequest())
+        wire.client(attempts=3).enrol(Secret(KEY), EnrolmentRequest())
     assert len(wire.requests) == 3
 
 
@@ -243,7 +243,7 @@ def test_a_url_with_a_password_is_refused_without_showing_it() -> None:
 
 @pytest.mark.parametrize("token", ["", "two\nlines", "naïve", "null\0"])
 def test_a_token_no_header_can_carry_is_refused_unseen(token: str) -> None:
-    client = Client("http://server", SecretStr(token), transport=httpx2.MockTransport(lambda _: reply(200)))
+    client = Client("http://server", Secret(token), transport=httpx2.MockTransport(lambda _: reply(200)))
     with pytest.raises(SettingsError) as caught:
         client.run("r")
     assert not token or token not in str(caught.value)
@@ -264,7 +264,7 @@ def test_secrets_stay_out_of_reprs_urls_logs_and_errors(
         told += [repr(client), str(client)]
         for call in (
             lambda c=client: c.lease("r", LeaseRequest()),
-            lambda c=client: c.enrol(SecretStr(KEY), EnrolmentRequest()),
+            lambda c=client: c.enrol(Secret(KEY), EnrolmentRequest()),
         ):
             with pytest.raises(errors.ServerError) as caught:
                 call()

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.download import fetch_bundle
@@ -11,6 +10,7 @@ from device_runtime.errors import BadAnswer, NotFound, Stopped, Unreachable
 from device_runtime.retry import Backoff
 from spafl.bundle import Bundle, write_bundle
 from spafl.errors import BundleError
+from spafl.secret import Secret
 from tests.device_runtime.tiny import TOKEN, FileServer, problem, reply
 
 BIG = bytes(range(256)) * 1024
@@ -30,7 +30,7 @@ def server(tmp_path: Path, big: Bundle) -> FileServer:
 def client(server: FileServer, attempts: int = 3) -> Client:
     return Client(
         "http://server",
-        SecretStr(TOKEN),
+        Secret(TOKEN),
         transport=server.transport,
         backoff=Backoff(attempts=attempts),
         wait=lambda seconds: None,

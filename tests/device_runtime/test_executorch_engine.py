@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,11 @@ class Case:
         make, shape, labels = MODELS[name]
         torch.manual_seed(0)
         self.model = sparsify(make())
-        training = CompactModel(self.model, shape, dropped=lambda flow: flow.exact)
+        training = CompactModel(self.model, shape, dropped=lambda group: group.exact, training=True)
         tensors, layout = state_tensors(self.model, training), layout_of(self.model)
         graphs = {
-            "begin_round": begin_round_graph(layout, tensors),
-            "train_step": train_step_graph(training.for_training(), tensors, shape),
+            "begin_round": begin_round_graph(layout, tensors, training.dropped),
+            "train_step": train_step_graph(training, tensors, shape),
         }
         files = {f"{role}.onnx": graph.SerializeToString() for role, graph in graphs.items()}
         files["train_step.pte"], _ = train_step_program(self.model, tensors, shape)
@@ -311,8 +312,8 @@ def test_a_step_that_fails_leaves_no_state_that_could_be_taken_for_one(
 
 def test_programs_of_another_release_are_refused(small: Case, tmp_path: Path) -> None:
     manifest = small.bundle.manifest
-    entry = manifest.engines["executorch"].model_copy(update={"requires": {"executorch": "1.4.1"}})
-    other = manifest.model_copy(update={"engines": {**manifest.engines, "executorch": entry}})
+    entry = replace(manifest.engines["executorch"], requires={"executorch": "1.4.1"})
+    other = replace(manifest, engines={**manifest.engines, "executorch": entry})
     files = {name: small.bundle.read(name) for name in manifest.files}
     bundle: Bundle = write_bundle(tmp_path / "other.zip", other, files)
     with pytest.raises(

@@ -1,5 +1,6 @@
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,18 @@ LABELS = ("cat", "dog", "7")
 @pytest.fixture
 def grey(bundle: Bundle) -> Manifest:
     spec = InputSpec(shape=(1, 4, 6), mean=(0.5,), std=(0.25,))
-    return bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+    return replace(bundle.manifest, input=spec, labels=LABELS)
 
 
 @pytest.fixture
 def colour(bundle: Bundle) -> Manifest:
     spec = InputSpec(shape=(3, 4, 6), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
-    return bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+    return replace(bundle.manifest, input=spec, labels=LABELS)
 
 
 @pytest.fixture
 def flat(bundle: Bundle) -> Manifest:
-    return bundle.manifest.model_copy(update={"labels": LABELS})
+    return replace(bundle.manifest, labels=LABELS)
 
 
 def npz(path: Path, **arrays: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def bundle(small_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
     model.shape = (1, 8, 8)  # type: ignore[assignment]
     files, entry = artifacts(model)
     manifest = small_bundle.manifest
-    both = manifest.model_copy(update={"engines": {**manifest.engines, "ort_training": entry}})
+    both = replace(manifest, engines={**manifest.engines, "ort_training": entry})
     held = {name: small_bundle.read(name) for name in manifest.files}
     return write_bundle(tmp_path_factory.mktemp("ort") / "b", both, held | files)
 
@@ -308,8 +309,8 @@ def test_a_process_that_ends_at_once_is_an_error_with_its_words(
 ) -> None:
     python = fake_python(tmp_path, "echo something is amiss >&2; exit 3")
     monkeypatch.setattr(ort_training, "require_python", lambda: python)
-    entry = {"ort_training": small_bundle.manifest.engines["onnx"].model_copy(update={"files": {}})}
-    bundle = Bundle(small_bundle.path, small_bundle.manifest.model_copy(update={"engines": entry}))
+    entry = {"ort_training": replace(small_bundle.manifest.engines["onnx"], files={})}
+    bundle = Bundle(small_bundle.path, replace(small_bundle.manifest, engines=entry))
     engine = OrtTrainingEngine(bundle)
     with pytest.raises(EngineError, match=r"ended with 3; it said: something is amiss\): start again"):
         engine.begin_round(bundle.initial_state(), half(bundle), half(bundle))
@@ -325,8 +326,8 @@ def test_ten_steps_are_eager_pytorchs(name: str, density: float, request: pytest
     bundle = request.getfixturevalue("bundle" if name == "small" else "lenet")
     model = sparsify(small_model()) if name == "small" else lenet_model()
     layout, draw = bundle.manifest.layout, np.random.default_rng(8)
-    manifest = bundle.manifest.model_copy(
-        update={"state": tuple(tensor.model_copy(update={"rows": False}) for tensor in bundle.manifest.state)}
+    manifest = replace(
+        bundle.manifest, state=tuple(replace(tensor, rows=False) for tensor in bundle.manifest.state)
     )
     engine = opened(bundle)
     target = algorithm.thresholds_at(layout, bundle.initial_state(), density, draw)

@@ -2,6 +2,7 @@ import json
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +126,8 @@ def test_the_token_is_private_and_masked(state: DeviceState, identity: Identity)
     assert stat.S_IMODE(state.path.stat().st_mode) == 0o700
     read = read_identity(state.path)
     assert read == identity
-    assert read.token.get_secret_value() == TOKEN
-    assert TOKEN not in repr(read) + str(read) + read.model_dump_json()
+    assert read.token.reveal() == TOKEN
+    assert TOKEN not in repr(read) + str(read) + read.to_text()
     assert TOKEN not in repr(state) + repr(vars(state))
 
 
@@ -178,7 +179,7 @@ def test_a_state_of_another_model_is_refused(state: DeviceState, bundle: Bundle)
 def test_a_state_belongs_to_one_run(state: DeviceState, bundle: Bundle) -> None:
     state.leased(make_lease(bundle))
     with pytest.raises(StateError, match="give another --state"):
-        state.leased(make_lease(bundle).model_copy(update={"run": "other"}))
+        state.leased(replace(make_lease(bundle), run="other"))
 
 
 def test_a_snapshot_needs_no_lock(state: DeviceState, bundle: Bundle) -> None:

@@ -41,7 +41,7 @@ def tiny_bundle(path: Path) -> Bundle:
         name="tiny",
         layout=LAYOUT,
         state=tuple(
-            StateTensor.model_validate(
+            StateTensor.from_json(
                 {
                     "name": name,
                     "shape": tensor.shape,
@@ -192,7 +192,7 @@ class FileServer:
         )
 
     def lease(self, request: httpx2.Request, parts: list[str]) -> httpx2.Response:
-        LeaseRequest.model_validate_json(request.content)
+        LeaseRequest.from_text(request.content)
         data = self.load()
         if len(data["updates"]) >= self.rounds:
             return problem(410, "run-over")
@@ -210,7 +210,7 @@ class FileServer:
         number, device = parts[0], parts[2]
         assert device == "d1"
         metrics = request.headers["Spafl-Metrics"]
-        Metrics.model_validate_json(metrics)
+        Metrics.from_text(metrics)
         data = self.load()
         data["puts"].append(number)
         self.save(data)
@@ -265,7 +265,7 @@ def reply(status: int, content: bytes = b"", headers: Mapping[str, str] | None =
 
 
 def json_answer(status: int, message: Any) -> httpx2.Response:
-    return reply(status, message.model_dump_json().encode(), {"Content-Type": "application/json"})
+    return reply(status, message.to_text().encode(), {"Content-Type": "application/json"})
 
 
 def problem(status: int, word: str, headers: Mapping[str, str] | None = None) -> httpx2.Response:

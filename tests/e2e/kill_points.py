@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
-from pydantic import SecretStr
 
 from device_runtime.agent import Agent, Work
 from device_runtime.client import Client
@@ -26,6 +25,7 @@ from device_runtime.training import Tempo
 from device_runtime.watch import Watch
 from spafl.bundle import Bundle, write_bundle
 from spafl.canonical import sha256_hex
+from spafl.secret import Secret
 from tests.device_runtime.tiny import TOKEN, FileServer, NumpyEngine, tiny_bundle, tiny_data
 
 ROUNDS = 2
@@ -67,8 +67,8 @@ def run(folder: Path, bundle: Bundle, left: int) -> None:
         Fuse(left)
         with DeviceState(folder / "state") as state, Watch(report) as watch:
             if state.identity is None:
-                state.enrolled(Identity(server="http://server", device="d1", token=SecretStr(TOKEN)))
-            client = Client("http://server", SecretStr(TOKEN), transport=server.transport)
+                state.enrolled(Identity(server="http://server", device="d1", token=Secret(TOKEN)))
+            client = Client("http://server", Secret(TOKEN), transport=server.transport)
             Agent(
                 client,
                 state,

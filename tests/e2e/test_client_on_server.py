@@ -6,13 +6,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-from pydantic import SecretStr
 
 from device_runtime.client import Client
 from device_runtime.download import fetch_bundle
 from device_runtime.errors import Busy, NotFound, NotLeased, RoundClosed, RunOver, Unauthorised, UpdateDiffers
 from spafl.bundle import Bundle
 from spafl.protocol import EnrolmentRequest, Lease, LeaseRequest
+from spafl.secret import Secret
 from spafl.wire import Precision, Thresholds, encode_thresholds
 from tests.e2e.test_operator import Serving
 from tests.server_api.local_server import small_bundle as bundle_without_graphs
@@ -73,7 +73,7 @@ def devices(serving: Serving) -> Iterator[list[tuple[Client, str]]]:
     made = []
     for _ in range(3):
         with Client(serving.url) as client:
-            identity = client.enrol(SecretStr(serving.key), EnrolmentRequest())
+            identity = client.enrol(Secret(serving.key), EnrolmentRequest())
         made.append((Client(serving.url, identity.token, transport=Recording()), identity.device))
     yield made
     for client, _ in made:
@@ -146,10 +146,10 @@ def test_half_precision_both_ways(
 
 def test_strangers_and_unknown_names(start: Callable[..., str], serving: Serving) -> None:
     run = start()
-    with Client(serving.url, SecretStr("nobody")) as stranger, pytest.raises(Unauthorised):
+    with Client(serving.url, Secret("nobody")) as stranger, pytest.raises(Unauthorised):
         stranger.lease(run, LeaseRequest())
     with Client(serving.url) as client, pytest.raises(Unauthorised):
-        client.enrol(SecretStr("no such key"), EnrolmentRequest())
+        client.enrol(Secret("no such key"), EnrolmentRequest())
 
 
 def test_a_bundle_resumes_by_range_on_the_real_server(

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from device_runtime.client import Client
 from server_api.operator import app
 from spafl.bundle import Bundle
 from spafl.protocol import EnrolmentRequest, Event, LeaseRequest, Metrics
+from spafl.secret import Secret
 from spafl.wire import Thresholds, encode_thresholds
 from tests.server_api.local_server import small_bundle
 
@@ -101,7 +101,7 @@ class Device:
     def __init__(self, serving: Serving, bundle: Bundle) -> None:
         self.layout = bundle.manifest.layout
         with Client(serving.url) as client:
-            self.identity = client.enrol(SecretStr(serving.key), EnrolmentRequest())
+            self.identity = client.enrol(Secret(serving.key), EnrolmentRequest())
         self.client = Client(serving.url, self.identity.token)
 
     def take_part(self, run: str, value: float) -> None:
@@ -109,7 +109,7 @@ class Device:
         values = np.full(self.layout.size, value, np.float32)
         body = encode_thresholds(self.layout, Thresholds(values, lease.version), lease.precision)
         metrics = Metrics(examples=10, loss=0.5, accuracy=0.75)
-        self.client.report(run, lease.round, self.identity.device, body, metrics.model_dump_json())
+        self.client.report(run, lease.round, self.identity.device, body, metrics.to_text())
 
     def close(self) -> None:
         self.client.close()
@@ -131,7 +131,7 @@ def finished(watcher: "subprocess.Popen[str]") -> list[Event]:
     with watcher:
         out, error = watcher.stdout.read(), watcher.stderr.read()
     assert error == ""
-    return [Event.model_validate_json(line) for line in out.splitlines()]
+    return [Event.from_text(line) for line in out.splitlines()]
 
 
 def test_a_run_from_its_bundle_to_its_end(
@@ -206,7 +206,7 @@ def test_a_watcher_outlives_the_server(
     serving.ok("create", run, "--bundle", str(bundle.path), "--rounds", "1", "--target", "2", "--start")
     watcher = serving.watching(run)
     assert watcher.stdout is not None
-    seen = [Event.model_validate_json(watcher.stdout.readline())]
+    seen = [Event.from_text(watcher.stdout.readline())]
     devices[0].take_part(run, 1.0)
     serving.end(signal.SIGKILL)
     serving.start()
@@ -245,7 +245,7 @@ def test_a_terminal_shows_bars_instead_of_json(
     ("token", "text"), [("wrong-token-of-nobody", "401 unauthorized"), (None, "403 forbidden")]
 )
 def test_only_an_admin_steers(serving: Serving, devices: list[Device], token: str | None, text: str) -> None:
-    token = token or devices[0].identity.token.get_secret_value()
+    token = token or devices[0].identity.token.reveal()
     done = serving.run("rounds", "any", token=token)
     assert done.returncode == 2
     assert text in done.stderr

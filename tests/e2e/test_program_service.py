@@ -72,11 +72,11 @@ def test_a_device_gets_its_compact_program(
     assert "401 unauthorized" in device(tmp_path, *ask, refused=True)
     told = json.loads(device(tmp_path, *ask, "--token-file", token))
     assert told.pop("model") == "s/program/model.pte"
-    proof = Proof.model_validate(told)
+    proof = Proof.from_json(told)
     assert proof.equal
     assert 0 < proof.density["5"] < 1, "nothing pruned, nothing shown"
     assert proof.compact.bytes == (tmp_path / "s" / "program" / "model.pte").stat().st_size
-    assert Proof.model_validate_json((tmp_path / "s" / "program" / "proof.json").read_text()) == proof
+    assert Proof.from_text((tmp_path / "s" / "program" / "proof.json").read_text()) == proof
     predicted = json.loads(device(tmp_path, "predict", "d.npz", "--state", "s", "--json"))
     assert predicted["examples"] == 40
     # the same labels as by onnxruntime, from the same state

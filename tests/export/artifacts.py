@@ -30,7 +30,7 @@ needs_ort_training = pytest.mark.skipif(bool(missing()), reason=missing() or "it
 
 
 def tensors_of(model: nn.Module) -> tuple[StateTensor, ...]:
-    return state_tensors(model, CompactModel(model, model.shape, lambda flow: False))  # type: ignore[arg-type]
+    return state_tensors(model, CompactModel(model, model.shape, lambda group: False))  # type: ignore[arg-type]
 
 
 def artifacts(model: nn.Module) -> Artifacts:

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import safetensors.numpy
 
-from export.build import ROLES, _compaction, _engine
+from export.build import ROLES, _engine
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.layout import Floats
 from spafl.manifest import Manifest
@@ -27,7 +27,7 @@ def bundle_of(made: Exported, path: Path, roles: Iterable[str] = ROLES) -> Bundl
         input=made.input,
         labels=made.labels,
         train_step=made.step,
-        compaction=tuple(_compaction(made.flows)),
+        compaction=made.compaction,
         engines={"onnx": _engine({role: onnx.load_from_string(files[f"{role}.onnx"]) for role in roles})},
         files={name: {"bytes": 0, "sha256": "0" * 64} for name in files},
         producer={},

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.build import ROLES
+from export.build import ROLES, compaction_of
 from export.compact import CompactModel
-from export.flow import ChannelFlows
+from export.depthwise import with_widths
 from export.inference import infer_graph, masked_graph
 from export.round import begin_round_graph, end_round_graph
 from export.training import form, state_tensors, train_step_graph
 from spafl.layout import ThresholdLayout
-from spafl.manifest import InputSpec, StateTensor, TrainStep
+from spafl.manifest import Compaction, InputSpec, StateTensor, TrainStep
 from trainer.sparsify import layout_of, sparsify
 
 LABELS = 5
@@ -109,13 +109,27 @@ class Graphs(Mapping[str, bytes]):
 
     def __init__(self, model: nn.Module, layout: ThresholdLayout, shape: tuple[int, ...]) -> None:
         self._model, self._layout, self._shape = model, layout, shape
-        self._training = CompactModel(model, shape, dropped=lambda flow: flow.exact)
+        self._training = CompactModel(model, shape, dropped=lambda group: group.exact, training=True)
         self.state, self.step = state_tensors(model, self._training), form(self._training)
         self._made: dict[str, bytes] = {}
+        self._widths: dict[str, int] = {}
+
+    @cached_property
+    def inferring(self) -> CompactModel:
+        return CompactModel(self._model, self._shape, dropped=lambda group: group.drops)
+
+    @cached_property
+    def compaction(self) -> tuple[Compaction, ...]:
+        if self.inferring.depthwise:
+            self["infer.onnx"]  # what is asked for is in its file
+        return compaction_of(self.inferring, self._widths)
 
     def __getitem__(self, name: str) -> bytes:
         if name not in self._made:
-            self._made[name] = getattr(self, "_" + name.removesuffix(".onnx"))().SerializeToString()
+            file = getattr(self, "_" + name.removesuffix(".onnx"))().SerializeToString()
+            if name == "infer.onnx":
+                file, self._widths = with_widths(file, self.inferring.depthwise)
+            self._made[name] = file
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -125,17 +139,16 @@ class Graphs(Mapping[str, bytes]):
         return len(ROLES)
 
     def _train_step(self) -> onnx.ModelProto:
-        return train_step_graph(self._training.for_training(), self.state, self._shape)
+        return train_step_graph(self._training, self.state, self._shape)
 
     def _begin_round(self) -> onnx.ModelProto:
-        return begin_round_graph(self._layout, self.state)
+        return begin_round_graph(self._layout, self.state, self._training.dropped)
 
     def _end_round(self) -> onnx.ModelProto:
         return end_round_graph(self._layout, self.state)
 
     def _infer(self) -> onnx.ModelProto:
-        compact = CompactModel(self._model, self._shape, dropped=lambda flow: flow.drops).for_inference()
-        return infer_graph(compact, self._layout, self.state, self._shape)
+        return infer_graph(self.inferring, self._layout, self.state, self._shape)
 
     def _masked(self) -> onnx.ModelProto:
         return masked_graph(self._model, self.state, self._shape)
@@ -148,11 +161,14 @@ class Exported:
     model: nn.Module
     layout: ThresholdLayout
     files: Graphs
-    flows: ChannelFlows
 
     @property
     def state(self) -> tuple[StateTensor, ...]:
         return self.files.state
+
+    @property
+    def compaction(self) -> tuple[Compaction, ...]:
+        return self.files.compaction
 
     @property
     def step(self) -> TrainStep:
@@ -186,4 +202,4 @@ def _exported(
                 for tensor in (module.weight, module.bias, module.running_mean):
                     tensor.add_(torch.from_numpy(draw.normal(0, 0.3, tensor.shape).astype(np.float32)))
     layout = layout_of(model)
-    return Exported(model, layout, Graphs(model, layout, model.shape), ChannelFlows(model, model.shape))
+    return Exported(model, layout, Graphs(model, layout, model.shape))

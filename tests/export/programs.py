@@ -8,16 +8,15 @@ import httpx2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import SecretStr
 from starlette.testclient import TestClient
 from torch import Tensor, nn
 
 from device_runtime.client import Client
-from export.flow import ChannelFlows
 from export.program_service import ProgramMaker, create_app
 from spafl import algorithm
 from spafl.bundle import Bundle
 from spafl.layout import Floats
+from spafl.secret import Secret
 from tests.export.bundles import bundle_of, state_of
 from tests.export.models import LABELS, Exported, Graphs
 from trainer.models import LeNet5
@@ -58,14 +57,14 @@ def made(name: str, gate: bool) -> Exported:
                 for tensor in (module.weight, module.bias, module.running_mean):
                     tensor.add_(torch.from_numpy(draw.normal(0, 0.4, tensor.shape).astype(np.float32)))
     layout = layout_of(model)
-    return Exported(model, layout, Graphs(model, layout, model.shape), ChannelFlows(model, model.shape))
+    return Exported(model, layout, Graphs(model, layout, model.shape))
 
 
 class Recording(httpx2.BaseTransport):
     """The way to a service in this process; remembers each request and the answer's body."""
 
     def __init__(self, maker: ProgramMaker, token: str | None = None) -> None:
-        app = create_app(maker, SecretStr(token) if token else None)
+        app = create_app(maker, Secret(token) if token else None)
         self._transport = TestClient(app, raise_server_exceptions=False)._transport
         self.seen: list[tuple[httpx2.Request, bytes]] = []
 

@@ -4,14 +4,17 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.build import compaction_of
 from export.compact import CompactModel
 from export.step import StepTensors, training_step
 from export.training import state_tensors
 from spafl import algorithm
 from spafl.errors import SettingsError
 from spafl.hyperparameters import Hyperparameters
+from spafl.rows import kept_rows, staying
 from tests.export.nets import LABELS, Net, nets
 from trainer.local import sgd_step, zero_momenta
 from trainer.sparsify import layout_of, masked_layers, sparsify
@@ -66,10 +69,23 @@ def masked_model(net: Net, given_options: dict[str, object], density: float, see
     return model
 
 
-def active_rows(model: nn.Module, names: object) -> dict[str, Tensor]:
-    layers = masked_layers(model)
-    rows = {name: layers[name].active().nonzero().flatten() for name in names}  # type: ignore[attr-defined]
-    return {name: index if len(index) else torch.zeros(1, dtype=torch.int64) for name, index in rows.items()}
+def masks(model: nn.Module) -> dict[str, NDArray[np.bool_]]:
+    return {name: layer.active().numpy() > 0 for name, layer in masked_layers(model).items()}
+
+
+def staying_rows(compact: CompactModel, model: nn.Module) -> dict[str, Tensor]:
+    kept = kept_rows(compaction_of(compact), masks(model))
+    return {name: torch.from_numpy(kept[name]) for name in compact.dropped}
+
+
+def training_rows(compact: CompactModel, model: nn.Module) -> dict[str, Tensor]:
+    active = masks(model)
+    return {
+        name: torch.from_numpy(
+            staying(np.logical_or.reduce([active[layer] for layer in group.layers]), group.blocks)
+        )
+        for name, group in compact.dropped.items()
+    }
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
@@ -83,10 +99,10 @@ def test_compact_inference_is_masked_inference(
     net: Net, given_options: dict[str, object], density: float, seed: int
 ) -> None:
     model = masked_model(net, given_options, density, seed)
-    compact = CompactModel(model, net.shape, dropped=lambda flow: flow.drops).for_inference()
+    compact = CompactModel(model, net.shape, dropped=lambda group: group.drops)
     compact.model.double()
     model.double().eval()
-    compact.active = active_rows(model, compact.dropped)
+    compact.active = staying_rows(compact, model)
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=(4, *net.shape)))
     with torch.no_grad():
         got = compact.run(model.state_dict(), x)
@@ -100,11 +116,11 @@ def test_a_step_on_rows_is_a_step_of_the_whole_model(
     net: Net, given_options: dict[str, object], density: float, seed: int, clip: float | None
 ) -> None:
     model = masked_model(net, given_options, density, seed)
-    compact = CompactModel(model, net.shape, dropped=lambda flow: flow.exact).for_training()
+    compact = CompactModel(model, net.shape, dropped=lambda group: group.exact, training=True)
     tensors = state_tensors(model, compact)
     compact.model.double()
     model.double()
-    active = active_rows(model, compact.dropped)
+    active = training_rows(compact, model)
     whole = {tensor.name: model.state_dict()[tensor.name].clone() for tensor in tensors}
     state = {
         tensor.name: whole[tensor.name][active[str(tensor.layer)]] if tensor.rows else whole[tensor.name]

@@ -13,9 +13,9 @@ from export.decompositions import LoweringError
 from export.folding import Folding
 from export.training import state_tensors
 from spafl import algorithm
+from spafl.algorithm import Mask, decided, mask_of
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
-from spafl.program import Mask, decided, mask_of
 from tests.export.models import MODELS, Plain
 from trainer.sparsify import layout_of, sparsify
 
@@ -59,7 +59,7 @@ def masked(model: nn.Module, gate: bool, density: float) -> tuple[nn.Module, tup
         thresholds = layout.split(algorithm.thresholds_at(layout, state, density, draw))
         for name, value in thresholds.items():
             dict(sparse.named_parameters())[name].copy_(torch.from_numpy(value))
-    tensors = state_tensors(sparse, CompactModel(sparse, model.shape, dropped=lambda flow: False))
+    tensors = state_tensors(sparse, CompactModel(sparse, model.shape, dropped=lambda group: False))
     return sparse, tensors, mask_of(layout, state_of(sparse))
 
 

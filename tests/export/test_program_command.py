@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def bundle(tmp_path: Path) -> Bundle:
     model = sparsify(Small())
     layout = layout_of(model)
     graphs = Graphs(model, layout, model.shape)
-    made = Exported(model, layout, graphs, graphs._training.flows)
+    made = Exported(model, layout, graphs)
     return bundle_of(made, tmp_path / "bundle", ())
 
 
@@ -152,11 +153,9 @@ def test_the_model_is_made_again_from_what_the_bundle_says(bundle: Bundle) -> No
     with pytest.raises(SettingsError, match=r"tensors \['head.weight', 'head.bias'\] differ"):
         bundle_model(bundle, f"{MODULE}:wider")
     options = {"model": f"{MODULE}:small", "gate": True, "mask_head": False, "scale": "unit"}
-    said = Bundle(bundle.path, bundle.manifest.model_copy(update={"options": options}))
+    said = Bundle(bundle.path, replace(bundle.manifest, options=options))
     assert layout_of(bundle_model(said)).id == bundle.manifest.layout.id
-    masked = Bundle(
-        bundle.path, bundle.manifest.model_copy(update={"options": {**options, "mask_head": True}})
-    )
+    masked = Bundle(bundle.path, replace(bundle.manifest, options={**options, "mask_head": True}))
     with pytest.raises(SettingsError, match="its layout is"):
         bundle_model(masked)
 
@@ -166,7 +165,7 @@ def test_units_of_a_layer_are_those_of_the_bundles_initial_weights(bundle: Bundl
     initial = {name: torch.from_numpy(value) for name, value in bundle.initial_state().items()}
     plain.load_state_dict(initial, strict=False)
     layout = layout_of(sparsify(plain, scale="layer"))
-    manifest = bundle.manifest.model_copy(update={"layout": layout, "options": {"scale": "layer"}})
+    manifest = replace(bundle.manifest, layout=layout, options={"scale": "layer"})
     assert layout_of(bundle_model(Bundle(bundle.path, manifest), f"{MODULE}:small")).id == layout.id
 
 

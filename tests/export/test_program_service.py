@@ -9,25 +9,25 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-from pydantic import SecretStr
 from starlette.testclient import TestClient
 from torch import nn
 
 from export import program_service
 from export.decompositions import LoweringError
 from export.program_service import MAX_WAITING, ProgramMaker, ServiceError, create_app
+from spafl.algorithm import Mask
 from spafl.bundle import Bundle
 from spafl.program import (
     MASK_MEDIA_TYPE,
     PROGRAM_MEDIA_TYPE,
     HollowProgram,
-    Mask,
     decode_program,
     encode_mask,
     encode_program,
     hollow,
     mask_digest,
 )
+from spafl.secret import Secret
 from tests.device_runtime.tiny import tiny_bundle
 
 MASK = {"hidden": np.array([1, 0, 1, 1], bool)}
@@ -85,7 +85,7 @@ def post(maker: ProgramMaker, bundle: Bundle) -> Callable[..., httpx2.Response]:
         **headers: str | bytes,
     ) -> httpx2.Response:
         client = TestClient(
-            create_app(maker, SecretStr(token) if token else None), raise_server_exceptions=False
+            create_app(maker, Secret(token) if token else None), raise_server_exceptions=False
         )
         content = encode_mask(bundle.manifest.layout, MASK) if body is None else body
         given = {"Content-Type": MASK_MEDIA_TYPE} | {

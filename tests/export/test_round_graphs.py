@@ -5,6 +5,7 @@ import pytest
 
 from export.host import GraphHost, run, session
 from spafl import algorithm
+from spafl.rows import training_rows
 from tests.export.models import exported
 
 
@@ -28,11 +29,12 @@ def test_begin_round_is_catch_up_guard_and_gather(name: str, density: float) -> 
         np.testing.assert_array_equal(out[f"next.{layer.threshold}"], expected[layer.threshold])
     assert out["collapsed"].tolist() == [layer.name in names for layer in made.layout.layers]
     assert (len(names) == len(made.layout.layers)) == (density == 0.0)
+    rows = training_rows(made, algorithm.mask_of(made.layout, expected))  # type: ignore[arg-type]
+    assert rows.keys() == {tensor.layer for tensor in made.state if tensor.rows}
     for tensor in made.state:
         if tensor.rows:
-            layer = next(layer for layer in made.layout.layers if layer.name == tensor.layer)
-            active = np.flatnonzero(algorithm.mask(layer, expected))
-            np.testing.assert_array_equal(out[f"active.{layer.name}"], active)
+            active = rows[str(tensor.layer)]
+            np.testing.assert_array_equal(out[f"active.{tensor.layer}"], active)
             np.testing.assert_allclose(
                 out[f"rows.{tensor.name}"], expected[tensor.name][active], rtol=1e-6, atol=1e-7
             )

@@ -20,7 +20,7 @@ def events(server, after: int = 0) -> list[Event]:
     for block in answer.text.strip().split("\n\n"):
         lines = dict(line.split(": ", 1) for line in block.splitlines() if line)
         if lines:
-            found.append(Event.model_validate_json(lines["data"]))
+            found.append(Event.from_text(lines["data"]))
             assert (lines["id"], lines["event"]) == (str(found[-1].id), found[-1].kind)
     return found
 
@@ -33,7 +33,7 @@ def test_the_same_settings_again_are_the_same_run_and_others_are_refused(server)
     assert first.json() == again.json()
     other = server.create(target=4)
     assert (other.status_code, other.json()["type"]) == (409, "urn:spafl:problem:name-taken")
-    RunView.model_validate(first.json())
+    RunView.from_json(first.json())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_lease_says_all_a_device_needs(server):
     device = server.enrol()
     server.lease(device)
     server.report(device, server.body())
-    lease = Lease.model_validate(server.lease(device).json())
+    lease = Lease.from_json(server.lease(device).json())
     now = server.clock.now
     assert (lease.round, lease.version, lease.rounds) == (2, 1, 4)
     assert (lease.expires, lease.deadline) == (now + 30, now + 100)
@@ -148,7 +148,7 @@ def test_the_clock_alone_closes_rounds(server):
     server.report(devices[1], server.body(3.0))
     server.clock.now += 101
     settle(server)
-    view = RoundView.model_validate(server.round())
+    view = RoundView.from_json(server.round())
     assert (view.state, view.reported, view.leased) == ("aggregated", 2, 3)
     assert server.report(devices[2], server.body()).json()["type"] == "urn:spafl:problem:round-closed"
 
@@ -173,13 +173,13 @@ def test_rounds_are_listed_with_their_figures(server):
             server.report(device, body, round, loss=loss, accuracy=0.5, density=[1.0, 0.5])
             if (round, loss) == (2, 1.0):
                 break
-    first, second = (RoundView.model_validate(view) for view in server.get("/runs/run/rounds").json())
+    first, second = (RoundView.from_json(view) for view in server.get("/runs/run/rounds").json())
     assert (first.state, first.loss, first.accuracy, first.density) == ("aggregated", 2.0, 0.5, (1.0, 0.5))
     assert (second.state, second.loss, second.reported, second.leased) == ("open", 1.0, 1, 1)
     assert second.closed is None
-    assert server.get("/runs/run/rounds?after=1").json() == [second.model_dump(mode="json")]
-    assert server.get("/runs/run/rounds?limit=1").json() == [first.model_dump(mode="json")]
-    assert server.get("/runs/run/rounds/2").json() == second.model_dump(mode="json")
+    assert server.get("/runs/run/rounds?after=1").json() == [second.to_json()]
+    assert server.get("/runs/run/rounds?limit=1").json() == [first.to_json()]
+    assert server.get("/runs/run/rounds/2").json() == second.to_json()
     assert server.get("/runs/run/rounds/3").status_code == 404
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from pydantic import SecretStr
 
 from server_api.operator.client import (
     ATTEMPTS,
@@ -23,6 +22,7 @@ from spafl.errors import BundleError, SettingsError
 from spafl.layout import Layer, ThresholdLayout
 from spafl.manifest import InputSpec, Manifest, StateTensor, TrainStep
 from spafl.protocol import RunSettings
+from spafl.secret import Secret
 
 TOKEN = "spafl-admin-very-secret-token"
 RUN = {
@@ -58,7 +58,7 @@ class Server:
     def client(self) -> OperatorClient:
         return OperatorClient(
             "http://server:8000/",
-            SecretStr(TOKEN),
+            Secret(TOKEN),
             transport=httpx2.MockTransport(self),
             sleep=self.waits.append,
         )
@@ -187,14 +187,14 @@ def test_it_waits_as_long_as_the_server_asks_within_reason() -> None:
 )
 def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        OperatorClient(url, SecretStr(TOKEN))
+        OperatorClient(url, Secret(TOKEN))
     assert "pass" not in str(caught.value)
 
 
 def test_create_sends_every_setting() -> None:
     server, settings = Server(ok()), RunSettings(name="demo", bundle="0" * 64, rounds=3, precision="f16")
     server.client().create(settings)
-    assert RunSettings.model_validate_json(server.requests[0].content) == settings
+    assert RunSettings.from_text(server.requests[0].content) == settings
 
 
 def test_rounds_are_asked_for_page_by_page() -> None:

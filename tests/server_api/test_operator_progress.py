@@ -1,6 +1,7 @@
 """A run's events add up to what an operator sees."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,5 +151,5 @@ def test_tables_and_cards() -> None:
 
 def test_a_long_name_is_folded_not_cut() -> None:
     name = "n" * 64
-    text = drawn(terminal.run_table([VIEW.model_copy(update={"run": name})]))
+    text = drawn(terminal.run_table([replace(VIEW, run=name)]))
     assert text.count("n") >= 64

@@ -9,11 +9,11 @@ from spafl.protocol import Metrics, RunSettings
 
 
 def run_of(**settings: object) -> Run:
-    return Run(RunSettings.model_validate({"name": "run", "bundle": "0" * 64, **settings}))
+    return Run(RunSettings.from_json({"name": "run", "bundle": "0" * 64, **settings}))
 
 
 def update(digest: str = "one", **metrics: object) -> Report:
-    return Report(digest, Metrics.model_validate({"examples": 5, **metrics}))
+    return Report(digest, Metrics.from_json({"examples": 5, **metrics}))
 
 
 def kinds(step: Step) -> list[str]:

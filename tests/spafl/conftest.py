@@ -34,7 +34,7 @@ def layout() -> ThresholdLayout:
 @pytest.fixture
 def manifest(layout: ThresholdLayout) -> Manifest:
     state = tuple(
-        StateTensor.model_validate(
+        StateTensor.from_json(
             {"name": name, "shape": shape, "role": ROLES[name.split(".")[1]], "layer": name.split(".")[0]}
         )
         for name, shape in SHAPES.items()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from spafl.canonical import canonical_json
 from spafl.errors import BundleError
@@ -18,6 +17,7 @@ from spafl.manifest import (
     Manifest,
     safe_file_name,
 )
+from spafl.record import RecordError
 
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
@@ -54,7 +54,7 @@ def test_another_spelling_of_the_same_manifest_is_refused(manifest: Manifest) ->
     ("change", "text"),
     [
         (lambda d: d.update(format="other"), "format"),
-        (lambda d: d.update(format_version=2), "format_version"),
+        (lambda d: d.update(format_version=1), "format_version"),
         (lambda d: d.update(name="../tiny"), "name"),
         (lambda d: d.update(name=""), "name"),
         (lambda d: d.update(extra=1), "extra"),
@@ -69,7 +69,7 @@ def test_another_spelling_of_the_same_manifest_is_refused(manifest: Manifest) ->
         (lambda d: d["state"].append(d["state"][0]), "repeat"),
         (lambda d: d["state"][0].update(shape=[]), "conv"),
         (lambda d: d["state"][0].update(shape=[4, 1, 3, 2]), "9 weights per filter"),
-        (lambda d: d["state"][0].update(shape=[4, 1, -3, -3]), "greater than or equal to 1"),
+        (lambda d: d["state"][0].update(shape=[4, 1, -3, -3]), "expected at least 1"),
         (lambda d: d["state"][0].update(shape=[4] * 9), "at most 8"),
         (lambda d: d["state"][1].update(shape=[4, 1]), "conv"),
         (lambda d: d["state"][0].update(role="bias"), "role"),
@@ -163,8 +163,8 @@ def test_unsafe_file_names(name: str) -> None:
 
 
 def test_no_manifest_can_exist_that_has_no_id(manifest: Manifest) -> None:
-    with pytest.raises(ValidationError, match="canonical"):
-        Manifest.model_validate({**manifest.model_dump(), "options": {"rate": 1e-5}})
+    with pytest.raises(RecordError, match="canonical"):
+        Manifest.from_json({**manifest.to_json(), "options": {"rate": 1e-5}})
 
 
 def test_a_message_names_the_place(manifest: Manifest) -> None:

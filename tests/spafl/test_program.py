@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spafl import algorithm
+from spafl.algorithm import decided, mask_of
 from spafl.errors import WireError
 from spafl.layout import Floats, Layer, ThresholdLayout
 from spafl.program import (
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,
     HollowProgram,
-    decided,
     decode_mask,
     decode_program,
     encode_mask,
@@ -24,7 +24,6 @@ from spafl.program import (
     hollow,
     mask_bytes,
     mask_digest,
-    mask_of,
 )
 
 NAMED: dict[str, str | tuple[str, ...]] = {

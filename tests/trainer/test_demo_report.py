@@ -65,7 +65,7 @@ def results() -> Results:
         dataset=DATASET,
         alpha=0.5,
         seed=0,
-        settings=Hyperparameters().model_dump(),
+        settings=Hyperparameters().to_json(),
         layers={"conv1": 4, "fc1": 30},
         weights=200_000,
         participations=2,

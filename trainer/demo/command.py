@@ -4,16 +4,17 @@ import asyncio
 import os
 import shutil
 import signal
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from spafl.errors import SettingsError
 from spafl.hyperparameters import Hyperparameters
+from spafl.record import RecordError
 from trainer.demo.plan import HYPERPARAMETERS, Plan
 from trainer.demo.report import summary, write_report
 from trainer.demo.results import Results
@@ -110,14 +111,14 @@ def demo(
         console.print(f"report: {report}   results: {plan.out / 'results.json'}", highlight=False)
 
 
-def _hyperparameters(model: str, **asked: float | None) -> Hyperparameters:
+def _hyperparameters(model: str, **asked: Any) -> Hyperparameters:
     """Returns the model's hyperparameters with those asked for in their place."""
     given = {name: value for name, value in asked.items() if value is not None}
     try:
-        return Hyperparameters.model_validate(HYPERPARAMETERS[model].model_dump() | given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
+        return replace(HYPERPARAMETERS[model], **given)
+    except RecordError as error:
+        option = error.path[0]
+        raise SettingsError(f"--{option} {given[option]}: {error.problem}") from error
 
 
 async def _until_signalled(plan: Plan, screen: Screen) -> tuple[Results, Trail]:

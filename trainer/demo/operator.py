@@ -35,12 +35,12 @@ class Operator:
         answer = await self._ask(
             "POST", "/bundles", content=content, headers={"Content-Type": "application/zip"}
         )
-        return BundleView.model_validate_json(answer.content).id
+        return BundleView.from_text(answer.content).id
 
     async def start(self, settings: RunSettings) -> None:
         """Returns nothing; the run of `settings` is created and started."""
         headers = {"Content-Type": "application/json"}
-        await self._ask("POST", "/runs", content=settings.model_dump_json().encode(), headers=headers)
+        await self._ask("POST", "/runs", content=settings.to_text().encode(), headers=headers)
         await self._ask("POST", f"/runs/{settings.name}/start")
 
     async def thresholds(self, run: str, version: int, layout: ThresholdLayout) -> Floats:
@@ -60,7 +60,7 @@ class Operator:
             # server-sent events: our data is one line of JSON (WHATWG HTML, section 9.2)
             async for line in answer.aiter_lines():
                 if line.startswith("data:"):
-                    event = Event.model_validate_json(line[5:])
+                    event = Event.from_text(line[5:])
                     yield event
                     if event.kind in ("run.finished", "run.stopped", "run.paused"):
                         return

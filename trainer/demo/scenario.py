@@ -99,7 +99,7 @@ async def play(plan: Plan, screen: Screen) -> tuple[Results, Trail]:
         dataset=plan.dataset,
         alpha=plan.alpha,
         seed=plan.seed,
-        settings=plan.hyperparameters.model_dump(),
+        settings=plan.hyperparameters.to_json(),
         layers={layer.name: layer.out for layer in bundle.manifest.layout.layers},
         weights=proofs[0].masked.weights,
         participations=participations,
@@ -234,7 +234,7 @@ class _Demo:
         """Returns the accuracy after as many rounds of the same steps as the device trained, without exchange."""
         options = [
             text
-            for name, value in self.plan.hyperparameters.model_dump(exclude_none=True).items()
+            for name, value in self.plan.hyperparameters.present().items()
             for text in (f"--{name.replace('_', '-')}", str(value))
         ]
         self.screen.doing(device.name, "training alone")
