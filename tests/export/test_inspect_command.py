@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_a_layer_without_active_filters_says_so(
     )
     layer = told(small_bundle_file, "--state", tmp_path / "s.safetensors")["layers"][1]
     assert (layer["kept"], layer["density"]) == (1, 0.0)
-    assert layer["reason"].startswith("no filter is active: one is kept")
+    assert ": one is kept" in layer["reason"]
 
 
 def test_people_see_a_table_with_reasons(small_bundle_file: Path) -> None:
@@ -174,9 +175,9 @@ def test_people_see_a_table_with_reasons(small_bundle_file: Path) -> None:
 
 def test_a_long_reason_is_cut_for_people_only(small_bundle: Bundle, tmp_path: Path) -> None:
     manifest = small_bundle.manifest
-    step = manifest.train_step.model_copy(update={"reason": "blocks.0.query keeps all rows; " * 100})
+    step = replace(manifest.train_step, reason="blocks.0.query keeps all rows; " * 100)
     files = {name: small_bundle.read(name) for name in manifest.files}
-    write_bundle(tmp_path / "b", manifest.model_copy(update={"train_step": step}), files)
+    write_bundle(tmp_path / "b", replace(manifest, train_step=step), files)
     assert "--json has all of it" in " ".join(shown(tmp_path / "b").split())
     assert told(tmp_path / "b")["train_step"]["reason"] == step.reason
 
@@ -220,8 +221,8 @@ def test_states_that_are_none(
 def test_a_manifest_that_drops_what_is_not_masked_is_refused(small_bundle: Bundle, tmp_path: Path) -> None:
     """Its compaction is not held together by the manifest's own checks."""
     manifest = small_bundle.manifest
-    odd = manifest.compaction[0].model_copy(update={"layer": "nowhere"})
-    lying = manifest.model_copy(update={"compaction": (odd, *manifest.compaction[1:])})
+    odd = replace(manifest.compaction[0], layer="nowhere")
+    lying = replace(manifest, compaction=(odd, *manifest.compaction[1:]))
     write_bundle(tmp_path / "b", lying, {name: small_bundle.read(name) for name in manifest.files})
     assert "drops filters of 'nowhere', of 6, which its layout does not have" in refused(tmp_path / "b")
 
@@ -291,7 +292,7 @@ def test_a_proof_of_another_model_is_not_shown_as_this_ones(
 ) -> None:
     compact(small_bundle, half, tmp_path, examples, runs=1)
     proof = Proof.from_text((tmp_path / PROOF).read_text())
-    other = proof.model_copy(update={"compact": proof.compact.model_copy(update={"bytes": 5})})
+    other = replace(proof, compact=replace(proof.compact, bytes=5))
     (tmp_path / PROOF).write_text(other.to_text())
     facts = told(tmp_path / MODEL)
     assert (facts["proof"], facts["notes"]) == (
