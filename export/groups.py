@@ -37,7 +37,7 @@ class Groups:
                     group.refusals.setdefault(reason)
 
     def in_blocks(self, group: Group, blocks: int) -> bool:
-        """Returns whether equally many of a group's channels can stay in each of so many blocks; from now on they do."""
+        """Returns whether equally many of a group's channels can stay in each block; from now on they do."""
         if group.blocks not in (1, blocks):
             group.refusals.setdefault(
                 f"its channels are in {group.blocks} blocks for one reader, {blocks} for another"

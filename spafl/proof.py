@@ -82,6 +82,7 @@ class Proof(Record):
     argmax_agreement      share of examples on which both choose the same label
     equal                 relative_difference <= 1e-5 and argmax_agreement = 1, near-ties aside
     runtime               what ran the compact model, and its version
+    multiple              which divides the filters that are kept, where there are enough
     precision             what float16 or int8 changed after that; None: nothing, the file is the compact model
     """
 
@@ -97,6 +98,7 @@ class Proof(Record):
     compact: ModelFigures
     threads: int
     runtime: str
+    multiple: int = 1
     precision: Precision | None = None
 
     def refusal(self) -> str:
@@ -142,7 +144,7 @@ def prove(
     difference, largest = float(np.abs(got - expected).max()), float(np.abs(expected).max())
     relative = difference / max(largest, 1e-30)
     agreement = _agreement(got, expected, RELATIVE_TOLERANCE * largest)
-    latency = _latencies((masked.once, compact.once), examples, runs)
+    latency = latencies((masked.once, compact.once), examples, runs)
     kept = kept_filters(manifest.compaction, active, multiple)
     return Proof(
         bundle=bundle,
@@ -157,6 +159,7 @@ def prove(
         compact=_figures(manifest.compaction, kept, compact.bytes, latency[1]),
         threads=threads,
         runtime=runtime,
+        multiple=multiple,
     )
 
 
@@ -184,7 +187,7 @@ def measure_precision(
     with np.errstate(invalid="ignore"):  # logits that are not finite make a difference that is not
         difference = float(np.abs(got - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
     chosen, before = got.argmax(1), expected.argmax(1)
-    _, latency = _latencies((compact.once, converted.once), examples, runs)
+    _, latency = latencies((compact.once, converted.once), examples, runs)
     median, p95 = np.percentile(latency, [50, 95])
     return Precision(
         kind=kind,
@@ -209,9 +212,7 @@ def _agreement(got: Floats, expected: Floats, allowed: float) -> float:
     return float((expected.max(1) - chosen <= 2 * allowed).mean())
 
 
-def _latencies(
-    models: Sequence[Callable[[Floats], object]], examples: Floats, runs: int
-) -> list[list[float]]:
+def latencies(models: Sequence[Callable[[Floats], object]], examples: Floats, runs: int) -> list[list[float]]:
     """Returns milliseconds of `runs` runs of each model, taken in turns so that both meet the same machine."""
     times: list[list[float]] = [[] for _ in models]
     for run in range(runs + WARM_UP):

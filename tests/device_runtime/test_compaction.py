@@ -221,7 +221,7 @@ def test_a_difference_is_told_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["_latencies", "_figures"])
+@pytest.mark.parametrize("moment", ["latencies", "_figures"])
 def test_an_interruption_leaves_nothing(
     plain: Case, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

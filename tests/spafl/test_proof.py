@@ -1,7 +1,5 @@
 """What a proof says, and when it says that two models are not equal."""
 
-from dataclasses import replace
-
 import dataclasses
 
 import numpy as np
@@ -38,7 +36,7 @@ def proof(manifest: Manifest, other: Floats, x: Floats = X) -> Proof:
     small = Candidate(lambda x: logits(x) + other, logits, 100)
     whole = Candidate(logits, logits, 1000)
     return prove(
-        replace(manifest, compaction=compaction),
+        dataclasses.replace(manifest, compaction=compaction),
         ACTIVE,
         x,
         masked=whole,
