@@ -19,6 +19,8 @@ from spafl.errors import SettingsError
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 WIDTH = 120
 """Columns of a table where nobody looks at it: reasons are longer than most terminals are wide."""
+MOST = 400
+"""Characters of one text in a table."""
 
 
 @app.command()
@@ -114,7 +116,7 @@ def _show_bundle(facts: Facts) -> None:
             "bundle": f"{facts['name']}, id {facts['id']}",
             "input": f"float32 {_sizes(['batch', *shape])}",
             "labels": f"{len(labels)}: {_some(labels)}",
-            "train step": f"{step['form']} form: {step['reason']}",
+            "train step": _cut(f"{step['form']} form: {step['reason']}"),
         },
         table,
         {
@@ -259,6 +261,11 @@ def _print(above: dict[str, str], table: Table | None, below: dict[str, str]) ->
 
 def _plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _cut(text: str) -> str:
+    """Returns a text that fits on a screen: of a large model, the reasons of all layers fill several."""
+    return text if len(text) <= MOST else f"{text[:MOST]} ... (--json has all of it)"
 
 
 def _number(value: Any) -> str:

@@ -131,6 +131,29 @@ def test_int8_has_a_scale_per_channel(compacted: Any, tmp_path: Path) -> None:
     assert all(len(set(scale.tolist())) > 1 for weight, scale in scaled if weight.ndim > 1)
 
 
+def test_int8_leaves_products_of_activations_in_float32() -> None:
+    """Attention, and what is no layer: there int8 costs labels and time."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["q"]),
+        onnx.helper.make_node("Transpose", ["q"], ["k"], perm=[0, 2, 1]),
+        onnx.helper.make_node("MatMul", ["q", "k"], ["scores"]),
+        onnx.helper.make_node("Softmax", ["scores"], ["logits"]),
+    ]
+    draw = np.random.default_rng(0)
+    weight = numpy_helper.from_array(draw.normal(size=(6, 8)).astype(np.float32), "w")
+    ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4, size]) for name, size in
+            (("x", 6), ("logits", 4))]  # fmt: skip
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    calibration = draw.normal(size=(20, 4, 6)).astype(np.float32)
+    made = onnx.load_model_from_string(conversion.to_int8(model.SerializeToString(), calibration)).graph
+    by_output = {node.output[0]: node for node in made.node}
+    layer, scores = (node for node in made.node if node.op_type == "MatMul")
+    assert [by_output[name].op_type for name in layer.input] == ["DequantizeLinear"] * 2
+    assert by_output["logits"].op_type == "Softmax"
+    assert by_output["logits"].input[0] == scores.output[0]  # nothing rounds between them
+
+
 def test_int8_is_calibrated_on_what_accuracy_is_not_measured_on(
     compacted: Any, trained: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
