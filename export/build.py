@@ -125,7 +125,7 @@ def export_bundle(
 
 def _compaction(flows: ChannelFlows) -> Iterator[Compaction]:
     for name, module in flows.modules.items():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or name not in flows.positions:
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) or name not in flows.positions:
             continue
         flow, source = flows.by_layer.get(name), flows.sources.get(name)
         masked = isinstance(module, Masked)

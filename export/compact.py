@@ -85,7 +85,7 @@ class CompactModel:
         for name, module in self.model.named_modules():
             if name in folded:
                 _replace_forward(module, lambda x: x)
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 _replace_forward(module, partial(self._infer, name))
         self.model.eval()
         return self
@@ -147,7 +147,7 @@ def _first_axis(flow: Flow) -> list[str]:
 
 
 def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
         y: Tensor = layer._conv_forward(x, weight, bias)
         return y
     return F.linear(x, weight, bias)

@@ -105,7 +105,7 @@ class ChannelFlows:
         self.positions = {
             name: _positions(_shape(node), self.modules[name])
             for name, node in nodes.items()
-            if isinstance(self.modules[name], nn.Conv2d | nn.Linear)
+            if isinstance(self.modules[name], nn.Conv1d | nn.Conv2d | nn.Linear)
         }
         self.by_layer = {
             name: self._follow(name, nodes[name]) for name in masked_layers(model) if name in nodes
@@ -124,7 +124,7 @@ class ChannelFlows:
     def _follow(self, layer: str, start: fx.Node) -> Flow:
         module: Masked = self.modules[layer]
         norm, readers, refusals = None, [], []
-        if isinstance(module, nn.Conv2d) and module.groups != 1:
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
             refusals.append("a grouped convolution ties its filters to groups of input channels")
         if isinstance(module, nn.Linear) and len(_shape(start)) != 2:
             refusals.append(f"its output of shape {_shape(start)} has its filters on the last axis")
@@ -236,7 +236,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 def _positions(shape: tuple[int, ...], layer: nn.Module) -> int:
     """Returns how many outputs each filter of `layer` has per example, given its output's `shape`."""
-    return torch.Size(shape[2:] if isinstance(layer, nn.Conv2d) else shape[1:-1]).numel()
+    return torch.Size(shape[2:] if isinstance(layer, nn.Conv1d | nn.Conv2d) else shape[1:-1]).numel()
 
 
 def _flattened(before: fx.Node, after: fx.Node) -> int:

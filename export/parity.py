@@ -374,7 +374,10 @@ def _batch(
     if examples is not None:
         chosen = draw.integers(0, len(examples[1]), size)
         return np.ascontiguousarray(examples[0][chosen], np.float32), examples[1][chosen]
-    x = draw.normal(0, 1, (size, *manifest.input.shape)).astype(np.float32)
+    if manifest.input.ids is not None:
+        x = draw.integers(0, manifest.input.ids, (size, *manifest.input.shape)).astype(np.float32)
+    else:
+        x = draw.normal(0, 1, (size, *manifest.input.shape)).astype(np.float32)
     return x, draw.integers(0, len(manifest.labels), size)
 
 

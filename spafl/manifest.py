@@ -12,7 +12,9 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -27,6 +29,8 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_BUNDLE_BYTES = 2 << 30
 MAX_FILES = 64
+MAX_IDS = 1 << 24
+"""Token ids travel as float32, which holds every whole number up to here."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
 
@@ -112,11 +116,23 @@ class Compaction(_Frozen):
 
 
 class InputSpec(_Frozen):
-    """The examples a model takes, float32 (batch, *shape); bytes become (value / 255 - mean) / std by channel."""
+    """The examples a model takes, float32 (batch, *shape); bytes become (value / 255 - mean) / std by channel.
+
+    ids   examples are token ids 0 .. ids - 1 and enter as they are, of whatever dtype; None, and then not written
+          down: they are numbers
+    """
 
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    ids: int | None = Field(default=None, ge=1, le=MAX_IDS)
+
+    @model_serializer(mode="wrap")
+    def _without_absent_ids(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = written(self)
+        if self.ids is None:
+            del fields["ids"]  # manifests written before there were ids keep their spelling, and so their id
+        return fields
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:
