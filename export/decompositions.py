@@ -18,6 +18,7 @@ from export.errors import LoweringError as LoweringError
 from export.pooling import (
     adaptive_avg_pool2d_backward,
     adaptive_max_pool2d_backward,
+    avg_pool2d,
     avg_pool2d_backward,
     max_pool2d_backward,
 )
@@ -44,6 +45,7 @@ def decompositions() -> dict[Any, Any]:
         )
     )
     table[aten.convolution_backward.default] = convolution_backward
+    table[aten.avg_pool2d.default] = avg_pool2d
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten._adaptive_avg_pool2d_backward.default] = adaptive_avg_pool2d_backward
     table[aten.adaptive_max_pool2d_backward.default] = adaptive_max_pool2d_backward
@@ -127,6 +129,11 @@ class Rewritten(TorchFunctionMode):
     ) -> Any:
         if func is F.silu:  # its gradient works in place
             return args[0] * torch.sigmoid(args[0])
+        if func is F.linear and args[0].dim() > 2:
+            # with a bias torch counts the rows, which takes the batch for a constant, or adds it in place
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            if bias is not None:
+                return torch.matmul(args[0], args[1].t()) + bias
         if func in (F.relu, torch.relu, Tensor.relu):
             y = func(*args, **(kwargs or {}))
             self._rectified[id(y)] = (y, args[0])  # y is kept, so that no other tensor gets its id

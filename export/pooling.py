@@ -16,6 +16,29 @@ aten = torch.ops.aten
 Weights: TypeAlias = NDArray[np.float64]
 
 
+def avg_pool2d(
+    x: Tensor,  # (N, C, H, W)
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """Returns an average pool that divides by a number of its own, which ONNX's cannot; NotImplemented of others."""
+    if divisor_override is None:
+        return NotImplemented
+    kernel, padding = pair(kernel_size), pair(padding)
+    stride = pair(stride) if len(stride) else kernel
+    shape = aten.avg_pool2d(
+        torch.empty(1, 1, *x.shape[2:], device="meta"), kernel, stride, padding, ceil_mode
+    ).shape
+    axes = zip(x.shape[2:], shape[2:], kernel, stride, padding, strict=True)
+    down, across = (np.sign(_windows(int(n), int(out), k, s, p, True)) for n, out, k, s, p in axes)
+    rows, columns = (torch.from_numpy(each).to(x.dtype) for each in (down / divisor_override, across))
+    return torch.matmul(rows, torch.matmul(x, columns.t()))
+
+
 def avg_pool2d_backward(
     grad: Tensor,  # (N, C, H', W')
     x: Tensor,  # (N, C, H, W)
