@@ -3,7 +3,8 @@
 Times are of one thread on x86-64, onnxruntime 1.31.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from export.errors import LoweringError
 
 aten = torch.ops.aten
+
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""By input, weight and bias, each None where not asked for."""
 
 STACKING_RATIO = 1.25
 """Input rows per output row up to which a weight gradient stacks its kernel rows, with zeros between (29 ms where a
@@ -32,7 +36,7 @@ def convolution_backward(
     output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Returns the gradients of a convolution by input, weight and bias, each None where not asked for.
 
     One of (N, C, L) is that of images of one row, (N, C, 1, L).
@@ -42,16 +46,7 @@ def convolution_backward(
     """
     refuse_convolution(transposed, weight)
     if x.dim() == 3:
-        grad, x, weight = grad.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2)
-        sizes = [1, *stride], [0, *padding], [1, *dilation]
-        by_x, by_weight, by_bias = convolution_backward(
-            grad, x, weight, bias_sizes, *sizes, False, [0, 0], groups, output_mask
-        )
-        return (
-            None if by_x is None else by_x.squeeze(2),
-            None if by_weight is None else by_weight.squeeze(2),
-            by_bias,
-        )
+        return by_row(convolution_backward, grad, x, weight, stride, padding, dilation, groups, output_mask)
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     kernel = list(weight.shape[2:])
     by_x = by_weight = by_bias = None
@@ -130,6 +125,29 @@ def _reads(kernel: int, outputs: int, stride: int, dilation: int) -> Tensor:
 def gather(x: Tensor, positions: Tensor) -> Tensor:
     """Returns x (C, P, ...) at the fixed `positions` along its second axis, flattened: (C, len, ...)."""
     return x.index_select(1, positions.flatten())
+
+
+def by_row(
+    backward: Callable[..., Gradients],
+    grad: Tensor,  # (N, O, L')
+    x: Tensor,  # (N, C, L)
+    weight: Tensor,  # (O, C / groups, k)
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Gradients:
+    """Returns the gradients of a 1-D convolution by `backward`, which knows those of images: they get one row."""
+    by_x, by_weight, by_bias = backward(
+        *(value.unsqueeze(2) for value in (grad, x, weight)),
+        *(None, [1, *stride], [0, *padding], [1, *dilation], False, [0, 0], groups, output_mask),
+    )
+    return (
+        None if by_x is None else by_x.squeeze(2),
+        None if by_weight is None else by_weight.squeeze(2),
+        by_bias,
+    )
 
 
 def refuse_convolution(transposed: bool, weight: Tensor) -> None:

@@ -160,14 +160,14 @@ def _write_elsewhere(node: fx.Node, target: torch._ops.OpOverload) -> None:
     Raises:
         LoweringError: there is none, or others see what it writes into: a view, or what has views, or an input.
     """
-    into, name = node.args[0], target._schema.name.removeprefix("aten::").removesuffix("_")
+    into, name = node.all_input_nodes[0], target._schema.name.removeprefix("aten::").removesuffix("_")
     packet = getattr(aten, name, None)
-    alone = isinstance(into, fx.Node) and not any(_shares_memory(other) for other in (into, *into.users))
-    if not alone or packet is None or target._overloadname not in packet.overloads():
+    shared = any(_shares_memory(other) for other in (into, *into.users))
+    if shared or packet is None or target._overloadname not in packet.overloads():
         raise LoweringError(
             f"{target} writes in place, which has no graph: replace that operation by one that returns its result"
         )
-    source = node.args[-1]
+    source = node.all_input_nodes[-1]
     if packet is aten.copy and node.meta["val"].shape == source.meta["val"].shape:
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
@@ -178,7 +178,7 @@ def _write_elsewhere(node: fx.Node, target: torch._ops.OpOverload) -> None:
 def _shares_memory(node: fx.Node) -> bool:
     """Returns whether `node` is an input, or a view of its argument."""
     if node.target is operator.getitem:
-        return _shares_memory(node.args[0])
+        return _shares_memory(node.all_input_nodes[0])
     return not isinstance(node.target, torch._ops.OpOverload) or any(
         result.alias_info is not None and not result.alias_info.is_write
         for result in node.target._schema.returns

@@ -10,7 +10,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from export.compact import BatchNorms
 from export.errors import LoweringError
 
-ADVICE: dict[tuple[type[nn.Module], ...], str] = {
+ADVICE: dict[tuple[type, ...], str] = {
     (LazyModuleMixin,): "does not know its sizes yet: run the model once before it is returned",
     (
         RNNBase,
@@ -28,6 +28,7 @@ ADVICE: dict[tuple[type[nn.Module], ...], str] = {
         nn.Conv3d,
         nn.BatchNorm3d,
     ): "only one and two dimensions can be trained on devices yet: work one into the channels",
+    (nn.LocalResponseNorm,): "cannot be trained on devices yet: use BatchNorm or GroupNorm",
     (nn.EmbeddingBag,): "cannot be trained on devices yet: use Embedding and the mean of its vectors",
     (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d): "draws random numbers, which a graph cannot: "
     "use another activation or pool",

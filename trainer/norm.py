@@ -96,7 +96,7 @@ class GatedBatchNorm2d(_Gated, nn.BatchNorm2d):
 GatedBatchNorm = GatedBatchNorm1d | GatedBatchNorm2d
 
 
-def gated(norm: BatchNorm, source: Masked, path: str) -> GatedBatchNorm:
+def gated(norm: BatchNorm, source: Masked, path: str = "") -> GatedBatchNorm:
     """Returns a gated norm with `norm`'s parameters and statistics, following `source`'s mask; `path` is its own."""
     cls = GatedBatchNorm2d if isinstance(norm, nn.BatchNorm2d) else GatedBatchNorm1d
     new = cls(
