@@ -189,3 +189,13 @@ def test_canonical_json(value: Any, text: str) -> None:
 def test_what_has_no_canonical_spelling_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="canonical"):
         canonical_json(value)
+
+
+def test_token_ids_are_written_down_where_there_are_some(manifest: Manifest) -> None:
+    assert b'"ids"' not in manifest.to_bytes(), "bundles of before keep their id"
+    spec = manifest.input.model_copy(update={"ids": 4000})
+    told = manifest.model_copy(update={"input": spec})
+    assert Manifest.from_bytes(told.to_bytes()).input.ids == 4000
+    for ids in (0, 1 << 25):
+        with pytest.raises(BundleError):
+            Manifest.from_bytes(told.to_bytes().replace(b'"ids":4000', b'"ids":%d' % ids))
