@@ -21,6 +21,7 @@ from export.source import load_model
 from spafl.bundle import Bundle
 from spafl.errors import SpaflError
 from spafl.manifest import InputSpec
+from trainer.models import MODELS
 from trainer.sparsify import sparsify
 
 runner = CliRunner()
