@@ -6,7 +6,8 @@
     table.csv          a header, a column `label`, and one number per input in every other column
     module:function    called without arguments: (x, y) or (x, y, x_val, y_val)
 
-Bytes (and whole numbers of images) are scaled as the bundle says; floats are taken as the model's input as they are.
+Bytes (and whole numbers of images) are scaled as the bundle says; floats, and other whole numbers, are taken as the
+model's input as they are. A model of token ids takes whole numbers of any type.
 Labels are the bundle's label names, or their indices.
 """
 
@@ -26,10 +27,13 @@ from numpy.typing import NDArray
 from device_runtime.errors import DataError
 from device_runtime.examples import Examples, LocalData, split
 from device_runtime.images import SUFFIXES, fit_images, images_in, read_image
-from spafl.manifest import Manifest
+from spafl.manifest import InputSpec, Manifest
 
 MAX_FLOAT_IMAGE = 30.0
 """Float images beyond this are raw pixels somebody forgot to scale: training on them ends in NaN within two rounds."""
+
+MAX_WHOLE = 1 << 24
+"""Beyond it float32, which models take, does not hold every whole number."""
 
 _HELD_OUT = frozenset({"val", "validation", "test"})
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -167,32 +171,45 @@ def examples_of(x: NDArray[Any], y: NDArray[Any], manifest: Manifest, source: st
     if x.ndim < 2 or y.shape != (len(x),):
         raise DataError(f"{source}: x {x.shape} and y {y.shape}, expected (n, ...) and (n,)")
     try:
-        return Examples(_inputs(x, manifest.input.shape), _labels(y, manifest.labels))
+        return Examples(_inputs(x, manifest.input), _labels(y, manifest.labels))
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
 
 
-def _inputs(x: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    if x.dtype.kind in "iu":
+def _inputs(x: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
+    shape = spec.shape
+    if x.dtype.kind not in "iuf":
+        raise DataError(f"x of dtype {x.dtype}: expected bytes or floats")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise DataError("x holds NaN or infinite values")
+    if spec.ids is not None:
+        if x.size and not (x.min() >= 0 and x.max() < spec.ids and (x == np.floor(x)).all()):
+            raise DataError(
+                f"x of {x.min():g} to {x.max():g}: expected token ids, whole numbers to {spec.ids - 1}"
+            )
+        x = x.astype(np.float32)
+    elif x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        if len(shape) == 3 and x.size and float(np.abs(x).max()) > MAX_FLOAT_IMAGE:
+            raise DataError(f"float images up to {np.abs(x).max():g} are not scaled: give them as bytes")
+    elif x.dtype != np.uint8 and len(shape) != 3:
+        if x.size and max(-int(x.min()), int(x.max())) > MAX_WHOLE:
+            raise DataError(f"whole numbers of {x.min()} to {x.max()}: models take at most {MAX_WHOLE}")
+        x = x.astype(np.float32)
+    else:
         if x.size and not 0 <= int(x.min()) <= int(x.max()) <= 255:
             raise DataError(f"whole numbers of {x.min()} to {x.max()}: expected bytes 0 to 255, or floats")
         x = x.astype(np.uint8)
-    elif x.dtype.kind == "f":
-        x = x.astype(np.float32)
-        if not np.isfinite(x).all():
-            raise DataError("x holds NaN or infinite values")
-        if len(shape) == 3 and x.size and float(np.abs(x).max()) > MAX_FLOAT_IMAGE:
-            raise DataError(f"float images up to {np.abs(x).max():g} are not scaled: give them as bytes")
-    else:
-        raise DataError(f"x of dtype {x.dtype}: expected bytes or floats")
     if x.shape[1:] == shape:
         return x
     if x.ndim == 2 and x.shape[1] == math.prod(shape):
         return x.reshape(-1, *shape)
     if len(shape) == 3 and x.shape[1:] == (*shape[1:], shape[0]):
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    if x.shape[1:] == shape[1:] and shape[0] == 1:
-        return x[:, None]
+    if [size for size in x.shape[1:] if size != 1] == [size for size in shape if size != 1]:
+        return x.reshape(
+            -1, *shape
+        )  # grey images, and windows of sensor samples, with an axis of 1 more or less
     if x.dtype == np.uint8:
         return fit_images(x, shape)
     raise DataError(f"examples of shape {x.shape[1:]}, the model takes {shape}")

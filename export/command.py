@@ -22,6 +22,8 @@ from export.source import load_model
 from spafl.errors import SettingsError
 from spafl.manifest import InputSpec
 from trainer.data import Split, input_spec, model_input, open_dataset
+from trainer.graph import token_ids
+from trainer.models import MODELS
 from trainer.sparsify import sparsify
 
 app = typer.Typer(rich_markup_mode=None)
@@ -52,7 +54,7 @@ class Divisor(StrEnum):
 @app.command()
 def export(
     model: Annotated[
-        str, typer.Argument(help="lenet5, conv4, vit, or module:function returning a torch.nn.Module.")
+        str, typer.Argument(help=f"{', '.join(MODELS)}, or module:function returning a torch.nn.Module.")
     ],
     out: Annotated[Path, typer.Option(help="Bundle to write: a .zip, or a directory.")] = Path("bundle.zip"),
     data: Annotated[
@@ -119,7 +121,10 @@ def export(
         )
     split = open_dataset(data) if data else None
     plain = load_model(model, labels or (len(split.train.labels) if split else None), init, seed)
-    spec = _input(plain, split, shape)
+    wanted = _shape(plain, shape)
+    if split is not None and wanted is not None:
+        split = split.shaped(wanted)
+    spec = _input(plain, split, wanted)
     sparse = sparsify(plain, gate=gate, mask_head=mask_head, ste=ste.value, scale=scale.value)
     outputs = _outputs(sparse, spec)
     texts = split.train.labels if split else tuple(str(label) for label in range(labels or outputs))
@@ -168,26 +173,36 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:64] or "model"
 
 
-def _input(model: torch.nn.Module, split: Split | None, shape: str | None) -> InputSpec:
-    """Returns the input the data, `--shape` or the model itself names, in this order."""
+def _shape(model: torch.nn.Module, shape: str | None) -> tuple[int, ...] | None:
+    """Returns the shape of an example as `--shape` or the model itself names it; None if neither does."""
+    if shape is None:
+        known = getattr(model, "shape", None)
+        return None if known is None else tuple(known)
+    try:
+        sizes = tuple(int(size) for size in shape.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise SettingsError(f"--shape {shape!r}: expected numbers such as 3,32,32")
+    return sizes
+
+
+def _input(model: torch.nn.Module, split: Split | None, wanted: tuple[int, ...] | None) -> InputSpec:
+    """Returns how examples enter the model, as the data tell, or without data its shape."""
     if split is not None:
         spec = input_spec(split.train)
-        wanted = getattr(model, "shape", spec.shape)
-        if spec.shape != wanted:
+        if wanted not in (None, spec.shape):
             raise SettingsError(
                 f"the model takes {wanted}, the data's examples are {spec.shape}: choose another model"
             )
-        return spec
-    if shape is not None:
-        try:
-            sizes = tuple(int(size) for size in shape.split(","))
-        except ValueError:
-            sizes = ()
-        if not sizes or min(sizes) < 1:
-            raise SettingsError(f"--shape {shape!r}: expected numbers such as 3,32,32")
-    elif (sizes := getattr(model, "shape", ())) == ():
+    elif not wanted:
         raise SettingsError("what does the model take? Give --data, or --shape such as 3,32,32")
-    return InputSpec(shape=sizes, mean=(0.0,) * sizes[0], std=(1.0,) * sizes[0])
+    else:
+        spec = InputSpec(shape=wanted, mean=(0.0,) * wanted[0], std=(1.0,) * wanted[0])
+    if (ids := token_ids(model)) is None:
+        return spec
+    # one of the first axis each, as of any input; ids are neither centred nor scaled
+    return InputSpec(shape=spec.shape, mean=(0.0,) * spec.shape[0], std=(1.0,) * spec.shape[0], ids=ids)
 
 
 def _outputs(model: torch.nn.Module, spec: InputSpec) -> int:
@@ -196,7 +211,9 @@ def _outputs(model: torch.nn.Module, spec: InputSpec) -> int:
         with torch.no_grad():
             logits = model(torch.zeros(2, *spec.shape))
     except (RuntimeError, ValueError, IndexError) as error:  # layers check sizes each in their own way
-        raise SettingsError(f"the model does not take examples of shape {spec.shape}: {error}") from error
+        raise SettingsError(
+            f"the model does not take examples of shape {spec.shape}; --shape gives another: {error}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 2:
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SettingsError(f"expected logits (batch, labels), the model returned {got}")

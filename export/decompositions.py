@@ -13,20 +13,18 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.overrides import TorchFunctionMode
 
+from export.convolution import convolution_backward, pair
 from export.depthwise import TRANSLATION as DEPTHWISE
-from spafl.errors import SpaflError
+from export.errors import LoweringError as LoweringError
+from export.pooling import (
+    adaptive_avg_pool2d_backward,
+    adaptive_max_pool2d_backward,
+    avg_pool2d,
+    avg_pool2d_backward,
+    max_pool2d_backward,
+)
 
 aten = torch.ops.aten
-
-STACKING_RATIO = 1.25
-"""Input rows per output row up to which a weight gradient stacks its kernel rows, with zeros between (29 ms where a
-product per row takes 43: 64 channels of 28 x 28, kernel 5); beyond it the zeros cost more than they save."""
-FEW_CHANNELS = 16
-"""Input channels below which all pixels a kernel sees are gathered: the first layer's colours."""
-
-
-class LoweringError(SpaflError):
-    """A model holds an operation that has no exported form; the message names it."""
 
 
 def decompositions() -> dict[Any, Any]:
@@ -39,7 +37,6 @@ def decompositions() -> dict[Any, Any]:
                 aten.native_layer_norm,
                 aten.native_layer_norm_backward,
                 aten.gelu_backward,
-                aten.embedding_dense_backward,
                 aten._softmax_backward_data,
                 aten._log_softmax_backward_data,
                 aten.nll_loss_forward,
@@ -49,118 +46,15 @@ def decompositions() -> dict[Any, Any]:
         )
     )
     table[aten.convolution_backward.default] = convolution_backward
+    table[aten.avg_pool2d.default] = avg_pool2d
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
+    table[aten._adaptive_avg_pool2d_backward.default] = adaptive_avg_pool2d_backward
+    table[aten.adaptive_max_pool2d_backward.default] = adaptive_max_pool2d_backward
+    table[aten.embedding_dense_backward.default] = embedding_backward
     table[aten.threshold_backward.default] = threshold_backward
     table[aten.native_batch_norm_backward.default] = batch_norm_backward
     table[aten.max_pool2d_with_indices_backward.default] = max_pool2d_backward
     return table
-
-
-def convolution_backward(
-    grad: Tensor,  # (N, O, H', W')
-    x: Tensor,  # (N, C, H, W)
-    weight: Tensor,  # (O, C / groups, kh, kw)
-    bias_sizes: list[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the gradients of a 2-D convolution by input, weight and bias, each None where not asked for.
-
-    Raises:
-        LoweringError: a transposed convolution.
-    """
-    if transposed:
-        raise LoweringError(
-            f"a transposed convolution with weight {tuple(weight.shape)} cannot be trained on devices yet: use an "
-            "ordinary Conv2d"
-        )
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    kernel = list(weight.shape[2:])
-    by_x = by_weight = by_bias = None
-    if output_mask[0]:
-        # what the stride skipped at the far border, which the transposed convolution must put back
-        reach = [(grad.shape[2 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
-        missing = [x.shape[2 + i] + 2 * padding[i] - reach[i] for i in (0, 1)]
-        # 2.7 ms where a flipped convolution takes 9.5
-        by_x = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, missing, groups)
-    if output_mask[1]:
-        by_weight = _weight_gradient(grad, x, kernel, stride, padding, dilation, groups)
-    if output_mask[2]:
-        by_bias = grad.sum([0, 2, 3])
-    return by_x, by_weight, by_bias
-
-
-def _weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """Returns the gradient (O, C / groups, kh, kw): products of the output's gradient with the pixels it was made from.
-
-    Pixels are gathered by index from (C, pixels, N): with the examples innermost every copy is a run of memory.
-    """
-    if any(padding):
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    channels, height, width = x.shape[1], x.shape[2], x.shape[3]
-    out, rows, columns = grad.shape[1], grad.shape[2], grad.shape[3]
-    x = x.permute(1, 2, 3, 0).flatten(1, 2)  # (C, H * W, N)
-    grad = grad.permute(1, 2, 3, 0)  # (O, H', W', N)
-    # what output column w' and kernel column j read, (kw, W'); the same for rows
-    across = _reads(kernel[1], columns, stride[1], dilation[1])
-    down = _reads(kernel[0], rows, stride[0], dilation[0])
-    few = isinstance(channels, int) and channels < FEW_CHANNELS
-    if groups != 1 or few or kernel == [1, 1]:
-        pixels = down[:, None, :, None] * width + across[:, None, :]  # (kh, kw, H', W')
-        patches = _gather(x, pixels)
-        if groups != 1:
-            patches = patches.reshape(groups, channels // groups * kernel[0] * kernel[1], -1)
-            product = torch.bmm(grad.reshape(groups, out // groups, -1), patches.transpose(1, 2))
-            return product.reshape(out, channels // groups, *kernel)
-        patches = patches.reshape(channels * kernel[0] * kernel[1], -1)
-        grad = grad.reshape(out, -1)
-        # runtimes repack the second factor, in lanes of 16: the gradient, unless one colour makes even fewer columns
-        product = torch.matmul(grad, patches.t()) if channels == 1 else torch.matmul(patches, grad.t()).t()
-        return product.reshape(out, channels, *kernel)
-    if stride[0] == 1 and height <= STACKING_RATIO * rows:
-        # stack the gradient once per kernel row, shifted down: all of it is one matrix product
-        reach = (kernel[0] - 1) * dilation[0]
-        grad = F.pad(grad.flatten(2), (0, 0, reach, reach))  # (O, H' + 2 reach, W' * N)
-        shifts = reach - torch.arange(kernel[0])[:, None] * dilation[0] + torch.arange(height)
-        shifted = _gather(grad, shifts).reshape(out * kernel[0], -1)  # (O * kh, H * W' * N)
-        pixels = torch.arange(height)[:, None] * width + across[:, None, :]  # (kw, H, W')
-        lined_up = _gather(x, pixels).reshape(channels * kernel[1], -1)  # (C * kw, H * W' * N)
-        product = torch.matmul(shifted, lined_up.t())
-        return product.reshape(out, kernel[0], channels, kernel[1]).permute(0, 2, 1, 3)
-    flat = grad.reshape(out, -1)  # (O, H' * W' * N)
-    by_row = []
-    for row in down:
-        pixels = row[:, None] * width + across[:, None, :]  # (kw, H', W')
-        lined_up = _gather(x, pixels).reshape(channels * kernel[1], -1)
-        by_row.append(torch.matmul(flat, lined_up.t()).reshape(out, channels, 1, kernel[1]))
-    return torch.cat(by_row, 2)
-
-
-def _reads(kernel: int, outputs: int, stride: int, dilation: int) -> Tensor:
-    """Returns the input positions (kernel, outputs) along one axis."""
-    return torch.arange(kernel)[:, None] * dilation + torch.arange(outputs) * stride
-
-
-def _gather(x: Tensor, positions: Tensor) -> Tensor:
-    """Returns x (C, P, ...) at the fixed `positions` along its second axis, flattened: (C, len, ...)."""
-    return x.index_select(1, positions.flatten())
-
-
-def _pair(values: Sequence[int]) -> list[int]:
-    return list(values) * 2 if len(values) == 1 else list(values)
 
 
 def batch_norm_backward(
@@ -195,71 +89,33 @@ def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     return grad * (x > threshold).to(grad.dtype)
 
 
-def avg_pool2d_backward(
-    grad: Tensor,  # (N, C, H', W')
-    x: Tensor,  # (N, C, H, W)
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
+def embedding_backward(
+    grad: Tensor,  # (..., dim)
+    indices: Tensor,  # (...)
+    num_weights: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
 ) -> Tensor:
-    """Returns the gradient of an average pool: every output's share, spread over its window.
+    """Returns the gradient of an embedding's weight (num_weights, dim): that of each place added to its token's row.
+
+    In the order of the places, as torch adds them up. Torch's own form is a ScatterND, whose additions may run in
+    parallel where a token comes twice.
 
     Raises:
-        LoweringError: windows that count fewer values at the border.
+        LoweringError: gradients scaled by frequency.
     """
-    kernel, padding = _pair(kernel_size), _pair(padding)
-    stride = _pair(stride) if len(stride) else kernel
-    if ceil_mode or (any(padding) and not count_include_pad):
+    if scale_grad_by_freq:
         raise LoweringError(
-            "an average pool with ceil_mode, or padding it does not count, cannot be trained on devices"
+            "an embedding with scale_grad_by_freq cannot be trained on devices yet: switch it off"
         )
-    missing = [
-        x.shape[2 + i] + 2 * padding[i] - (grad.shape[2 + i] - 1) * stride[i] - kernel[i] for i in (0, 1)
-    ]
-    share = grad.new_full((1, 1, *kernel), 1 / (divisor_override or kernel[0] * kernel[1]))
-    # channels become examples: a convolution of each by itself needs their number, and that is symbolic
-    alone = grad.reshape(-1, 1, grad.shape[2], grad.shape[3])
-    spread: Tensor = aten.convolution.default(alone, share, None, stride, padding, [1, 1], True, missing, 1)
-    return spread.reshape(x.shape)
+    rows, places = grad.reshape(-1, grad.shape[-1]), indices.reshape(-1, 1)
+    if padding_idx >= 0:
+        rows = rows * (places != padding_idx).to(rows.dtype)
+    zeros = rows.new_zeros(num_weights, rows.shape[1])
+    return zeros.scatter_add(0, places.expand(-1, rows.shape[1]), rows)
 
 
-def max_pool2d_backward(
-    grad: Tensor,  # (N, C, H', W')
-    x: Tensor,  # (N, C, H, W)
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Any:
-    """Returns the gradient of a max pool: the first largest value under the kernel takes it all, as in torch.
-
-    Of windows that lie side by side and leave nothing out; NotImplemented of others. Pixels are gathered from
-    (C, pixels, N), as for a weight's gradient.
-    """
-    # never symbolic: only the batch is
-    kernel, size = _pair(kernel_size), [int(side) for side in x.shape[2:]]
-    stride = _pair(stride) if len(stride) else kernel
-    apart = stride == kernel and not any(padding) and all(each == 1 for each in dilation)
-    if not apart or any(n % k for n, k in zip(size, kernel, strict=True)):
-        return NotImplemented
-    places = torch.arange(size[0] * size[1]).reshape(size[0] // kernel[0], kernel[0], -1, kernel[1])
-    taps = places.permute(1, 3, 0, 2).flatten(0, 1).flatten(1)  # (kh * kw, H' * W'): what each output sees
-    # written as the forward pass has it, so that a runtime merges the two
-    pooled = aten.max_pool2d_with_indices.default(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
-    pixels, largest, left = (each.permute(1, 2, 3, 0).flatten(1, 2) for each in (x, pooled, grad))
-    columns = []
-    for tap in taps[:-1]:
-        # as numbers: Where takes three times as long as a product
-        taken = left * (pixels.index_select(1, tap) == largest).to(left.dtype)
-        columns.append(taken)
-        left = left - taken
-    spread = _gather(torch.cat([*columns, left], 1), taps.flatten().argsort())
-    return spread.reshape(spread.shape[0], *size, -1).permute(3, 0, 1, 2)
+_MAX_POOLS = (F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d)
 
 
 class Rewritten(TorchFunctionMode):
@@ -274,11 +130,16 @@ class Rewritten(TorchFunctionMode):
     ) -> Any:
         if func is F.silu:  # its gradient works in place
             return args[0] * torch.sigmoid(args[0])
+        if func is F.linear and args[0].dim() > 2:
+            # with a bias torch counts the rows, which takes the batch for a constant, or adds it in place
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            if bias is not None:
+                return torch.matmul(args[0], args[1].t()) + bias
         if func in (F.relu, torch.relu, Tensor.relu):
             y = func(*args, **(kwargs or {}))
             self._rectified[id(y)] = (y, args[0])  # y is kept, so that no other tensor gets its id
             return y
-        if func in (F.max_pool2d, torch.max_pool2d) and id(args[0]) in self._rectified:
+        if func in _MAX_POOLS and id(args[0]) in self._rectified:
             # max_pool(relu(x)) = relu(max_pool(x)), gradients too, for a quarter of the work: where a window's
             # maximum is positive it stands in the same place, and where it is not there is no gradient
             pooled = func(self._rectified[id(args[0])][1], *args[1:], **(kwargs or {}))
@@ -297,10 +158,10 @@ def _max_pool(
 ) -> Any:
     return op.MaxPool(
         self,
-        kernel_shape=_pair(kernel_size),
-        strides=_pair(stride) if len(stride) else _pair(kernel_size),
-        pads=_pair(padding) * 2,
-        dilations=_pair(dilation),
+        kernel_shape=pair(kernel_size),
+        strides=pair(stride) if len(stride) else pair(kernel_size),
+        pads=pair(padding) * 2,
+        dilations=pair(dilation),
         ceil_mode=int(ceil_mode),
     )
 

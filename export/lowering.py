@@ -5,6 +5,7 @@ of those that ONNX has no good form for.
 """
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,10 +137,10 @@ class FlatModule(nn.Module):
 
 
 def drop_no_ops(traced: fx.GraphModule) -> None:
-    """Takes detaching and the like out of `traced`, and refuses what writes in place.
+    """Takes detaching and the like out of `traced`, and lets what writes in place return something new.
 
     Raises:
-        LoweringError: an operation that writes in place.
+        LoweringError: an operation that writes into a view or an input.
     """
     for node in list(traced.graph.nodes):
         repeated = node.target is aten.expand.default and all(_broadcasts(node, user) for user in node.users)
@@ -149,11 +150,42 @@ def drop_no_ops(traced: fx.GraphModule) -> None:
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # exporting refuses views of what transposes left behind
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise LoweringError(f"{node.target} writes in place, which has no graph: replace that operation")
+            _write_elsewhere(node, node.target)
         elif node.target is aten.sub.Tensor and node.args[0] is node.args[1] and not node.kwargs:
             _drop_zero(node)
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _write_elsewhere(node: fx.Node, target: torch._ops.OpOverload) -> None:
+    """Makes `node` the operation that does not write in place; tracing lets what follows read its result anyway.
+
+    Raises:
+        LoweringError: there is none, or others see what it writes into: a view, or what has views, or an input.
+    """
+    into, name = node.all_input_nodes[0], target._schema.name.removeprefix("aten::").removesuffix("_")
+    packet = getattr(aten, name, None)
+    shared = any(_shares_memory(other) for other in (into, *into.users))
+    if shared or packet is None or target._overloadname not in packet.overloads():
+        raise LoweringError(
+            f"{target} writes in place, which has no graph: replace that operation by one that returns its result"
+        )
+    source = node.all_input_nodes[-1]
+    if packet is aten.copy and node.meta["val"].shape == source.meta["val"].shape:
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+    else:
+        node.target = getattr(packet, target._overloadname)
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Returns whether `node` is an input, or a view of its argument."""
+    if node.target is operator.getitem:
+        return _shares_memory(node.all_input_nodes[0])
+    return not isinstance(node.target, torch._ops.OpOverload) or any(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in node.target._schema.returns
+    )
 
 
 def _drop_zero(zero: fx.Node) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.decompositions import LoweringError, decompositions
+from export.convolution import by_row, refuse_convolution
+from export.decompositions import decompositions
+from export.errors import LoweringError
 from export.window import NOWHERE, Table, Window
 
 aten = torch.ops.aten
@@ -68,10 +70,16 @@ def convolution(
 ) -> Tensor:
     """Returns the convolution (N, O, H', W'): every pixel under the kernel lined up, then one matrix product.
 
+    One of (N, C, L) is that of images of one row, (N, C, 1, L).
+
     Raises:
-        LoweringError: a transposed convolution.
+        LoweringError: a transposed or 3-D convolution.
     """
-    _refuse_transposed(transposed, weight)
+    refuse_convolution(transposed, weight)
+    if x.dim() == 3:
+        sizes = [1, *stride], [0, *padding], [1, *dilation]
+        y = convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *sizes, False, [0, 0], groups)
+        return y.squeeze(2)
     window = Window(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     pixels, rows = _pixels(x), _by_group(weight, groups)
     blocks = [_product(rows, _lined_up(pixels, reads, groups)) for reads in _blocks(window, x.shape[1])]
@@ -97,9 +105,11 @@ def convolution_backward(
     """Returns the gradients of a convolution by input, weight and bias, each None where not asked for.
 
     Raises:
-        LoweringError: a transposed convolution.
+        LoweringError: a transposed or 3-D convolution.
     """
-    _refuse_transposed(transposed, weight)
+    refuse_convolution(transposed, weight)
+    if x.dim() == 3:
+        return by_row(convolution_backward, grad, x, weight, stride, padding, dilation, groups, output_mask)
     window = Window(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     outgoing = _pixels(grad)  # (O, Q, N)
     by_x = by_weight = by_bias = None
@@ -301,14 +311,6 @@ def _blocks(window: Window, channels: int) -> Iterator[Table]:
     most = max(BLOCK_BYTES // (4 * channels * window.taps), 1)
     count = -(-reads.shape[1] // most)
     yield from np.array_split(reads, count, axis=1)
-
-
-def _refuse_transposed(transposed: bool, weight: Tensor) -> None:
-    if transposed:
-        raise LoweringError(
-            f"a transposed convolution with weight {tuple(weight.shape)} cannot be trained on devices yet: use an "
-            "ordinary Conv2d"
-        )
 
 
 def _max_window(

@@ -19,7 +19,7 @@ def load_model(source: str, labels: int | None, init: Path | None, seed: int) ->
     """Returns the ordinary PyTorch model of `source`, randomly initialised by `seed` or from `init`.
 
     source  a name of `trainer.models.MODELS`, or module:function, which takes nothing and returns an nn.Module
-    labels  outputs of the models we know; ten if None
+    labels  outputs of the models we know; as many as they are made for if None
     init    a .safetensors file or a torch state_dict, of tensors under the model's own names
 
     Raises:
@@ -27,7 +27,7 @@ def load_model(source: str, labels: int | None, init: Path | None, seed: int) ->
     """
     torch.manual_seed(seed)
     if source in MODELS:
-        model = MODELS[source](labels or 10)
+        model = MODELS[source]() if labels is None else MODELS[source](labels)
     elif ":" in source:
         model = _call(source)
     else:

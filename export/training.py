@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from export.compact import CompactModel
-from export.decompositions import LoweringError
-from export.flow import BatchNorm
 from export.lowering import lower
 from export.step import StepTensors, training_step
+from export.strangers import refuse_strangers
 from spafl.manifest import Role, StateTensor, TrainStep
 from spafl.step import ACTIVE, MOMENTUM, NEXT, ROWS, SCALARS
 from trainer.sparsify import masked_layers
@@ -25,7 +23,7 @@ def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor,
     Raises:
         LoweringError: the model holds something that the step has no place for; the message names it.
     """
-    _refuse_strangers(model)
+    refuse_strangers(model)
     masked = masked_layers(model)
     rows = {tensor: layer for layer, names in compact.rows.items() for tensor in names}
     parameters = dict(model.named_parameters())
@@ -46,26 +44,6 @@ def state_tensors(model: nn.Module, compact: CompactModel) -> tuple[StateTensor,
             StateTensor(name=name, shape=tuple(value.shape), role=role, layer=owner, rows=name in rows)
         )
     return tuple(tensors)
-
-
-def _refuse_strangers(model: nn.Module) -> None:
-    statistics = {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm)
-        for leaf in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    for name, _ in model.named_buffers():
-        if name not in statistics:
-            raise LoweringError(
-                f"buffer {name!r}: devices keep parameters and batch norm statistics only; work it into the data"
-            )
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            raise LoweringError(f"parameter {name!r} is frozen: devices train them all")
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise LoweringError(f"dropout {name!r} draws random numbers, which a graph cannot: leave it out")
 
 
 def form(compact: CompactModel) -> TrainStep:

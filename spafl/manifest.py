@@ -18,6 +18,8 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_BUNDLE_BYTES = 2 << 30
 MAX_FILES = 64
+MAX_IDS = 1 << 24
+"""Token ids travel as float32, which holds every whole number up to here."""
 
 Role: TypeAlias = Literal["weight", "threshold", "parameter", "statistic"]
 
@@ -107,6 +109,7 @@ class InputSpec(Record):
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    ids: Annotated[int, Limits(ge=1, le=MAX_IDS)] | None = None
 
     def check(self) -> None:
         """Returns nothing if there is a mean and a deviation per channel."""

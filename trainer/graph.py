@@ -1,11 +1,20 @@
 """A model as a graph of its module calls."""
 
+import operator
+
 import torch
 from torch import fx, nn
 
 from spafl.errors import SettingsError
 from trainer.masked import Masked
 from trainer.norm import GatedBatchNorm
+
+_KEEPS_IDS = (
+    *("long", "int", "to", "type", "round", "contiguous"),
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute"),
+    *(operator.getitem, torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
+)
+"""What an input of token ids may pass on its way to an embedding; its shape is read by getattr, which is not here."""
 
 
 class _Tracer(fx.Tracer):
@@ -43,3 +52,18 @@ def calls(graph: fx.Graph) -> dict[str, fx.Node]:
                 )
             found[str(node.target)] = node
     return found
+
+
+def token_ids(model: nn.Module) -> int | None:
+    """Returns how many token ids the model knows, 0 to one less, if it looks its input up; None: it takes numbers."""
+    graph, modules = trace(model).graph, dict(model.named_modules())
+    known: list[int] = []
+    reached = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in reached:
+        for user in node.users:
+            module = modules[str(user.target)] if user.op == "call_module" else None
+            if isinstance(module, nn.Embedding):
+                known.append(module.num_embeddings)
+            elif user.target in _KEEPS_IDS:
+                reached.append(user)
+    return min(known, default=None)

@@ -79,20 +79,24 @@ class _Masked(nn.Module):
         self.train(layer.training)
 
 
-class MaskedConv2d(_Masked, nn.Conv2d):
-    """A Conv2d whose filters are masked; made from an ordinary one, whose parameters it takes over."""
+class _MaskedConv(_Masked):
+    """What masked convolutions of one and two dimensions share; made from ordinary ones."""
 
     def __init__(
-        self, layer: nn.Conv2d, *, ste: StraightThrough = "identity", scale: float = 1.0, gate: bool = True
+        self,
+        layer: nn.Conv1d | nn.Conv2d,
+        *,
+        ste: StraightThrough = "identity",
+        scale: float = 1.0,
+        gate: bool = True,
     ) -> None:
-        nn.Conv2d.__init__(
-            self,
+        super().__init__(
             layer.in_channels,
             layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
             layer.groups,
             layer.bias is not None,
             layer.padding_mode,
@@ -100,10 +104,18 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         )
         self._become_masked(layer, ste, scale, gate)
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
-        """Returns the convolution with the masked weight, (N, C_out, H', W')."""
-        y: Tensor = self._conv_forward(x, self.masked_weight(), self.masked_bias())
+    def forward(self, x: Tensor) -> Tensor:  # (N, C_in, L) or (N, C_in, H, W)
+        """Returns the convolution with the masked weight, (N, C_out, L') or (N, C_out, H', W')."""
+        y: Tensor = self._conv_forward(x, self.masked_weight(), self.masked_bias())  # type: ignore[operator]
         return y
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """A Conv1d whose filters are masked; made from an ordinary one, whose parameters it takes over."""
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """A Conv2d whose filters are masked; made from an ordinary one, whose parameters it takes over."""
 
 
 class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
@@ -130,4 +142,4 @@ class MaskedLinear(_Masked, nn.Linear):  # type: ignore[misc]
         return y if bias is None else y + bias
 
 
-Masked: TypeAlias = MaskedConv2d | MaskedLinear
+Masked: TypeAlias = MaskedConv1d | MaskedConv2d | MaskedLinear

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spafl.errors import SettingsError
-from trainer.masked import Masked
+from trainer.masked import Masked, MaskedLinear
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -19,8 +19,8 @@ def normalise(norm: BatchNorm, x: Tensor, active: Tensor | None = None) -> tuple
 
     active  (C,) 0 or 1: channels to gate; they come out as 0 and keep their running statistics
 
-    Writes nothing, so that it can be traced; `x` is (N, C) or (N, C, H, W) with N * H * W > 1. The running variance
-    is the unbiased one, as torch keeps it.
+    Writes nothing, so that it can be traced; `x` is (N, C), (N, C, L) or (N, C, H, W), more than one
+    value per channel. The running variance is the unbiased one, as torch keeps it.
     """
     weight, bias = _gate(norm, active)
     y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, norm.eps)
@@ -48,12 +48,15 @@ def _gate(norm: BatchNorm, active: Tensor | None) -> tuple[Tensor | None, Tensor
 class _Gated(nn.Module):
     """A batch norm that multiplies its output by the detached mask of the masked layer before it."""
 
-    def follow(self, norm: BatchNorm, source: Masked) -> None:
-        """Returns nothing; takes over `norm`'s parameters and statistics and follows `source`'s mask from now on."""
+    def follow(self, norm: BatchNorm, source: Masked, path: str) -> None:
+        """Returns nothing; takes over `norm`'s parameters and statistics and follows `source`'s mask from now on.
+
+        path   the norm's in its model, for messages
+        """
         self.weight, self.bias = norm.weight, norm.bias
         self._buffers.update(norm._buffers)
         # a tuple, because a module assigned as it is would be registered, saved and trained a second time
-        self._source = (source,)
+        self._source, self._path = (source,), path
         self.train(norm.training)
 
     @property
@@ -62,7 +65,16 @@ class _Gated(nn.Module):
         return self._source[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the gated output, of x's shape; in training the running statistics are updated."""
+        """Returns the gated output, of x's shape; in training the running statistics are updated.
+
+        Raises:
+            SettingsError: behind a linear layer, a sequence, whose second axis holds positions and not the neurons.
+        """
+        if x.dim() > 2 and isinstance(self.source, MaskedLinear):
+            raise SettingsError(
+                f"batch norm {self._path!r} takes {tuple(x.shape)} from a linear layer: its channels are the second "
+                "axis, not the layer's neurons. Use LayerNorm, or transpose before and after it"
+            )
         active = self.source.active()
         if not self.training:
             weight, bias = _gate(self, active)  # type: ignore[arg-type]
@@ -74,21 +86,21 @@ class _Gated(nn.Module):
 
 
 class GatedBatchNorm1d(_Gated, nn.BatchNorm1d):
-    """BatchNorm1d behind a masked linear layer."""
+    """BatchNorm1d behind a masked linear layer or 1-D convolution."""
 
 
 class GatedBatchNorm2d(_Gated, nn.BatchNorm2d):
-    """BatchNorm2d behind a masked convolution."""
+    """BatchNorm2d behind a masked 2-D convolution."""
 
 
 GatedBatchNorm = GatedBatchNorm1d | GatedBatchNorm2d
 
 
-def gated(norm: BatchNorm, source: Masked) -> GatedBatchNorm:
-    """Returns a gated norm with `norm`'s parameters and statistics, following `source`'s mask."""
+def gated(norm: BatchNorm, source: Masked, path: str = "") -> GatedBatchNorm:
+    """Returns a gated norm with `norm`'s parameters and statistics, following `source`'s mask; `path` is its own."""
     cls = GatedBatchNorm2d if isinstance(norm, nn.BatchNorm2d) else GatedBatchNorm1d
     new = cls(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
     )
-    new.follow(norm, source)
+    new.follow(norm, source, path)
     return new

@@ -8,10 +8,17 @@ from torch import fx, nn
 from spafl.errors import SettingsError
 from spafl.layout import Layer, ThresholdLayout
 from trainer.graph import calls, trace
-from trainer.masked import Masked, MaskedConv2d, MaskedLinear, StraightThrough
+from trainer.masked import Masked, MaskedConv1d, MaskedConv2d, MaskedLinear, StraightThrough
 from trainer.norm import gated
 
 M = TypeVar("M", bound=nn.Module)
+
+MASKED: dict[type[nn.Module], type[Masked]] = {
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+    nn.Linear: MaskedLinear,
+}
+"""What layers are exchanged for; subclasses of them compute something else, and stay as they are."""
 
 
 def sparsify(
@@ -22,14 +29,16 @@ def sparsify(
     ste: StraightThrough = "identity",
     scale: Literal["unit", "layer"] = "unit",
 ) -> M:
-    """Returns a copy of `model` whose Conv2d and Linear layers are masked by thresholds that start at 0.
+    """Returns a copy of `model` whose Conv1d, Conv2d and Linear layers are masked by thresholds that start at 0.
 
     gate       pruned channels become exactly 0, behind their batch norm where they have one; False: as published
     mask_head  mask the layers that make the output too, as published; a pruned row then switches a class off
     ste        the straight-through surrogate (`trainer.masked.straight_through`)
     scale      unit of the thresholds: "unit" as published, "layer" the layer's mean |w| now
 
-    The model's own classes and forward stay; only its layers are exchanged, under their own names.
+    The model's own classes and forward stay; only its layers are exchanged, under their own names. All other
+    parameters, of embeddings, norms or positions, are trained as they are; so are layers inside a module of torch.nn,
+    such as nn.TransformerEncoderLayer, whose forward is not taken apart.
 
     Raises:
         SettingsError: nothing to mask, a layer that is called twice, tied parameters, or a model that cannot be traced.
@@ -38,24 +47,24 @@ def sparsify(
     _refuse_tied(model)
     graph = trace(model).graph
     modules, nodes = dict(model.named_modules()), calls(graph)
-    layers = {name: node for name, node in nodes.items() if type(modules[name]) in (nn.Conv2d, nn.Linear)}
+    layers = {name: node for name, node in nodes.items() if type(modules[name]) in MASKED}
     if not mask_head:
         layers = {
             name: node for name, node in layers.items() if not _makes_output(node, set(layers.values()))
         }
     if not layers:
         raise SettingsError(
-            f"{type(model).__name__} has no Conv2d or Linear to mask"
+            f"{type(model).__name__} has no Conv1d, Conv2d or Linear to mask"
             + ("" if mask_head else " beside its head; mask_head=True masks that as well")
         )
     for name, node in layers.items():
         layer = modules[name]
         unit = _mean_magnitude(layer) if scale == "layer" else 1.0
         norm = _norm_behind(node, modules) if gate else None
-        masked = _masked(layer)(layer, ste=ste, scale=unit, gate=gate and norm is None)
+        masked = MASKED[type(layer)](layer, ste=ste, scale=unit, gate=gate and norm is None)
         model.set_submodule(name, masked)
         if norm is not None:
-            model.set_submodule(norm, gated(modules[norm], masked))
+            model.set_submodule(norm, gated(modules[norm], masked, norm))
     return model
 
 
@@ -80,11 +89,11 @@ def layout_of(model: nn.Module, conv_divisor: Literal["kernel", "n_in"] = "kerne
         if (layer := masked.get(name)) is None:
             continue
         n_in = layer.weight[0].numel()
-        kernel = layer.weight[0, 0].numel() if isinstance(layer, MaskedConv2d) else n_in
+        kernel = n_in if isinstance(layer, MaskedLinear) else layer.weight[0, 0].numel()
         layers.append(
             Layer(
                 name=name,
-                kind="conv" if isinstance(layer, MaskedConv2d) else "linear",
+                kind="linear" if isinstance(layer, MaskedLinear) else "conv",
                 out=len(layer.weight),
                 n_in=n_in,
                 n_scale=kernel if conv_divisor == "kernel" else n_in,
@@ -102,10 +111,6 @@ def _refuse_tied(model: nn.Module) -> None:
             raise SettingsError(
                 f"{other} and {name} are one tensor: give each layer its own, as devices keep them"
             )
-
-
-def _masked(layer: nn.Module) -> type[MaskedConv2d] | type[MaskedLinear]:
-    return MaskedConv2d if isinstance(layer, nn.Conv2d) else MaskedLinear
 
 
 def _makes_output(node: fx.Node, layers: set[fx.Node]) -> bool:

@@ -295,3 +295,38 @@ def test_an_unknown_source_is_refused_with_the_choices(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="class folders"):
         load_data(source, flat)
+
+
+@pytest.fixture
+def words(bundle: Bundle) -> Manifest:
+    spec = InputSpec(shape=(5,), mean=(0.0,) * 5, std=(1.0,) * 5, ids=200)
+    return bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
+def test_token_ids_of_any_type_are_taken_as_they_are(words: Manifest, tmp_path: Path, dtype: type) -> None:
+    ids = np.random.default_rng(0).integers(0, 200, (4, 5)).astype(dtype)
+    data = load_data(npz(tmp_path, x=ids, y=np.zeros(4, int)), words, validation=0)
+    entered = data.train.inputs(words.input)
+    assert entered.dtype == np.float32
+    assert np.array_equal(entered, ids)
+
+
+@pytest.mark.parametrize("wrong", [200, -1, 0.5])
+def test_what_is_no_token_id_is_refused(words: Manifest, tmp_path: Path, wrong: float) -> None:
+    x = np.full((4, 5), wrong)
+    with pytest.raises(DataError, match="expected token ids, whole numbers to 199"):
+        load_data(npz(tmp_path, x=x, y=np.zeros(4, int)), words)
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (1, 3, 9), (3, 9, 1), (27,)])
+def test_windows_of_samples(bundle: Bundle, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    spec = InputSpec(shape=(3, 9), mean=(0.0,) * 3, std=(1.0,) * 3)
+    manifest = bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+    x = np.random.default_rng(0).integers(-2000, 2000, (4, 27))
+    for dtype in (np.int16, np.float32):
+        arrays = npz(tmp_path, x=x.reshape(4, *shape).astype(dtype), y=np.zeros(4, int))
+        entered = load_data(arrays, manifest, validation=0).train.inputs(spec)
+        assert np.array_equal(entered, x.reshape(4, 3, 9)), "samples are numbers, and none of them is scaled"
+    with pytest.raises(DataError, match="models take at most 16777216"):
+        load_data(npz(tmp_path, x=x.reshape(4, *shape) + (1 << 25), y=np.zeros(4, int)), manifest)

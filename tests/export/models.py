@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from export.round import begin_round_graph, end_round_graph
 from export.training import form, state_tensors, train_step_graph
 from spafl.layout import ThresholdLayout
 from spafl.manifest import Compaction, InputSpec, StateTensor, TrainStep
+from trainer.graph import token_ids
+from trainer.models import MLP, CNN1d, MobileNet, ResNet18, TextClassifier
 from trainer.sparsify import layout_of, sparsify
 
 LABELS = 5
@@ -101,7 +103,18 @@ class Separable(nn.Module):
         return self.head(F.relu(self.paired(x)).mean((2, 3)))
 
 
-MODELS = {"plain": Plain, "normed": Normed, "residual": Residual, "separable": Separable}
+MODELS = {
+    "plain": Plain,
+    "normed": Normed,
+    "residual": Residual,
+    "separable": Separable,
+    # those of `trainer.models`, as narrow as they can be
+    "resnet": partial(ResNet18, LABELS, widths=(4, 6), blocks=1),
+    "mlp": partial(MLP, LABELS, hidden=(9, 8)),
+    "mobilenet": partial(MobileNet, LABELS, stem=4, stages=((4, 1, 1), (6, 1, 2)), expansion=2, last=7),
+    "cnn1d": partial(CNN1d, LABELS, widths=(4, 6, 5), hidden=8),
+    "text": partial(TextClassifier, LABELS, vocabulary=30, dim=8, depth=1, heads=2, hidden=12),
+}
 
 
 class Graphs(Mapping[str, bytes]):
@@ -177,7 +190,8 @@ class Exported:
     @property
     def input(self) -> InputSpec:
         shape = self.model.shape  # type: ignore[union-attr]
-        return InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0])
+        ids = token_ids(self.model)
+        return InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0], ids=ids)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from device_runtime.data import load_data
 from export.build import export_bundle
 from export.command import app
 from export.compact import CompactModel
@@ -20,6 +21,7 @@ from export.source import load_model
 from spafl.bundle import Bundle
 from spafl.errors import SpaflError
 from spafl.manifest import InputSpec
+from trainer.models import MODELS
 from trainer.sparsify import sparsify
 
 runner = CliRunner()
@@ -124,7 +126,10 @@ def test_start_weights_and_switches(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["lenet6"], "no model 'lenet6': expected lenet5, conv4, vit or module:function"),
+        (
+            ["lenet6"],
+            f"no model 'lenet6': expected {', '.join(MODELS)} or module:function",
+        ),
         (["no.such.module:f"], "cannot import 'no.such.module:f'"),
         ([f"{MODULE}:missing"], "cannot import"),
         ([":small"], "cannot import ':small'"),
@@ -149,6 +154,45 @@ def test_start_weights_and_switches(out: Path, tmp_path: Path) -> None:
 )
 def test_refused_in_words(arguments: list[str], words: str, out: Path) -> None:
     assert words in refused(out, *arguments)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.head = nn.Embedding(30, 4), nn.Conv1d(4, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, 8)
+        return self.head(self.conv(self.embed(x.long()).transpose(1, 2)).relu().mean(2))
+
+
+def words() -> nn.Module:
+    return Words()
+
+
+def windows() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3))
+
+
+def test_text_and_sensor_data_from_npz_to_a_device(out: Path, tmp_path: Path) -> None:
+    """Ids are neither centred nor scaled, and samples keep their two axes, on both sides."""
+    draw = np.random.default_rng(0)
+    ids, y = draw.integers(0, 30, (40, 8), np.uint8), np.arange(40) % 3
+    np.savez(tmp_path / "words.npz", x=ids, y=y)
+    called(f"{MODULE}:words", "--data", tmp_path / "words.npz", "--out", out)
+    manifest = Bundle.open(out).manifest
+    assert manifest.input == InputSpec(shape=(8,), mean=(0.0,) * 8, std=(1.0,) * 8, ids=30)
+    local = load_data(str(tmp_path / "words.npz"), manifest, validation=0).train
+    assert np.array_equal(local.inputs(manifest.input), ids)
+
+    x = draw.normal(0, 1, (40, 2, 12))
+    np.savez(tmp_path / "windows.npz", x=x, y=y)
+    arguments = (f"{MODULE}:windows", "--data", tmp_path / "windows.npz", "--no-parity")
+    assert "--shape gives another" in refused(tmp_path / "none.zip", *arguments)
+    called(*arguments, "--shape", "2,12", "--out", tmp_path / "windows.zip")
+    manifest = Bundle.open(tmp_path / "windows.zip").manifest
+    assert (manifest.input.shape, manifest.input.ids) == ((2, 12), None)
+    local = load_data(str(tmp_path / "windows.npz"), manifest, validation=0).train
+    assert np.array_equal(local.inputs(manifest.input), x.astype(np.float32))
 
 
 class Evil:

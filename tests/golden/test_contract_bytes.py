@@ -35,7 +35,7 @@ MANIFEST = (
     '"engines":{"onnx":{"files":{"infer":"infer.onnx"},"operators":'
     '{"infer":{"Conv":1}},"requires":{"ir_version":"8","opset":"18"}}},"files":{"infer.onnx":{"bytes":3,"sha256":'
     '"abababababababababababababababababababababababababababababababab"}},"format":"spafl-bundl'
-    'e","format_version":2,"input":{"mean":[0.1307],"shape":[1,6,6],"std":[1]},"labels":["nein"'
+    'e","format_version":2,"input":{"ids":null,"mean":[0.1307],"shape":[1,6,6],"std":[1]},"labels":["nein"'
     ',"schön"],"layout":[{"kind":"conv","n_in":25,"n_scale":25,"name":"conv","offset":0,"out":2'
     ',"scale":1},{"kind":"linear","n_in":8,"n_scale":8,"name":"fc","offset":2,"out":1,"scale":0'
     '.25}],"name":"golden","options":{"gate":true,"init_scale":0.5},"producer":{"spafl":"0.1.0"'
@@ -45,7 +45,7 @@ MANIFEST = (
     '"name":"fc.threshold","role":"threshold","rows":false,"shape":[1]}],"train_step":{"form":"'
     'rows","reason":"gated"}}'
 )
-MANIFEST_ID = "c341403352fce7e96052e8a3f046c339e2ea898fe9a8912ed280583fc21e7f02"
+MANIFEST_ID = "45be3975bcfabf43bdd2f01e56450fa7c8434338b6d3e960b719dadc13e2214e"
 
 
 def test_layout_id() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,3 +190,12 @@ def test_canonical_json(value: Any, text: str) -> None:
 def test_what_has_no_canonical_spelling_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="canonical"):
         canonical_json(value)
+
+
+def test_token_ids_are_written_down_where_there_are_some(manifest: Manifest) -> None:
+    assert b'"ids":null' in manifest.to_bytes()
+    told = replace(manifest, input=replace(manifest.input, ids=4000))
+    assert Manifest.from_bytes(told.to_bytes()).input.ids == 4000
+    for ids in (0, 1 << 25):
+        with pytest.raises(BundleError):
+            Manifest.from_bytes(told.to_bytes().replace(b'"ids":4000', b'"ids":%d' % ids))

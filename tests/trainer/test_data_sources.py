@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spafl.manifest import InputSpec
 from trainer.data import Dataset, input_spec, load_arrays, model_input, open_dataset, save_arrays
 from trainer.errors import DataError
 
@@ -223,7 +224,9 @@ def test_arrays_of_others(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 2), np.float32)}, "lacks the arrays"),
         ({"x": np.array([{}, {}]), "y": np.arange(2)}, "plain arrays"),
         ({"x": np.zeros((4, 8, 8, 3), np.uint8), "y": np.arange(4)}, "channels last"),
-        ({"x": np.zeros((4, 2), np.int64), "y": np.arange(4)}, "uint8 or float32"),
+        ({"x": np.zeros((4, 2, 2), np.int64), "y": np.arange(4)}, "give pixels as uint8, samples of sensors"),
+        ({"x": np.full((4, 2), 1 << 25), "y": np.arange(4)}, "models take at most 16777216"),
+        ({"x": np.zeros((4, 2), bool), "y": np.arange(4)}, "uint8 or float32"),
         ({"x": np.zeros((4, 2), np.float32), "y": np.zeros(4)}, "integers"),
         ({"x": np.zeros((4, 2), np.float32), "y": np.arange(3)}, "expected 4 labels"),
         ({"x": np.full((4, 2), np.nan, np.float32), "y": np.arange(4)}, "NaN"),
@@ -260,3 +263,34 @@ def test_floats_enter_as_they_are() -> None:
     spec = input_spec(data)
     assert spec.mean == (0.0,) * 6
     np.testing.assert_array_equal(model_input(data.x, spec), data.x)
+
+
+def test_whole_numbers_of_features_are_numbers(tmp_path: Path) -> None:
+    x = DRAW.integers(-300, 4000, (8, 6))
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(8) % 2)
+    split = load_arrays(tmp_path / "a.npz")
+    assert split.train.x.dtype == np.float32
+    both = np.concatenate([split.train.x, split.test.x])
+    assert sorted(both.tolist()) == sorted(x.astype(np.float32).tolist())
+
+
+def test_windows_of_samples_lose_the_axis_that_images_get(tmp_path: Path) -> None:
+    x = DRAW.random((20, 9, 12), np.float32)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 2)
+    split = load_arrays(tmp_path / "a.npz")
+    assert split.train.shape == (1, 9, 12)
+    assert split.shaped((9, 12)).train.shape == split.shaped((9, 12)).test.shape == (9, 12)
+    assert split.shaped((12, 9)) is split, "these are other axes"
+    assert input_spec(split.shaped((9, 12)).train).mean == (0.0,) * 9
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_token_ids_enter_as_they_are(dtype: type) -> None:
+    spec = InputSpec(shape=(6,), mean=(0.0,) * 6, std=(1.0,) * 6, ids=200)
+    ids = DRAW.integers(0, 200, (4, 6)).astype(dtype)
+    entered = model_input(ids, spec)
+    assert entered.dtype == np.float32
+    np.testing.assert_array_equal(entered, ids)
+    for wrong in (np.full_like(ids, 200), ids - np.float32(200), ids + np.float32(0.5)):
+        with pytest.raises(DataError, match="expected token ids, whole numbers of 0 to 199"):
+            model_input(wrong, spec)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spafl.errors import SettingsError
-from trainer.masked import Masked, MaskedConv2d, MaskedLinear
+from trainer.masked import Masked, MaskedConv1d, MaskedConv2d, MaskedLinear
 from trainer.norm import BatchNorm, GatedBatchNorm, gated, normalise
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -25,6 +25,10 @@ def pair(kind: str, affine: bool = True, prune: bool = True) -> tuple[Masked, Ba
         source = MaskedConv2d(nn.Conv2d(2, 5, 3), gate=False)
         norm = nn.BatchNorm2d(5, affine=affine, momentum=0.3, eps=1e-4)
         x = torch.randn(3, 5, 4, 2, dtype=torch.float64)
+    elif kind == "conv 1-D":
+        source = MaskedConv1d(nn.Conv1d(2, 5, 3), gate=False)
+        norm = nn.BatchNorm1d(5, affine=affine, momentum=0.3, eps=1e-4)
+        x = torch.randn(3, 5, 7, dtype=torch.float64)
     else:
         source = MaskedLinear(nn.Linear(2, 5), gate=False)
         norm = nn.BatchNorm1d(5, affine=affine, momentum=0.3, eps=1e-4)
@@ -38,7 +42,10 @@ def pair(kind: str, affine: bool = True, prune: bool = True) -> tuple[Masked, Ba
     return source.double(), norm.double(), x * 2 + 1
 
 
-CASES = pytest.mark.parametrize(("kind", "affine"), [("conv", True), ("conv", False), ("linear", True)])
+CASES = pytest.mark.parametrize(
+    ("kind", "affine"),
+    [("conv", True), ("conv", False), ("conv 1-D", True), ("conv 1-D", False), ("linear", True)],
+)
 
 
 def pick(x: Tensor, channels: Tensor) -> Tensor:

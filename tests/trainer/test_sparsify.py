@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spafl.errors import SettingsError
-from trainer.masked import MaskedConv2d, MaskedLinear
+from trainer.graph import token_ids
+from trainer.masked import MaskedConv1d, MaskedConv2d, MaskedLinear
 from trainer.models import Conv4, LeNet5
 from trainer.norm import GatedBatchNorm1d, GatedBatchNorm2d
 from trainer.sparsify import layout_of, masked_layers, sparsify
@@ -202,7 +203,7 @@ class Headless(nn.Module):
         (Branching(), "Branching cannot be traced: .* must not branch on tensor values or sizes"),
         (Looping(), "Looping cannot be traced"),
         (Headless(), "beside its head; mask_head=True masks that as well"),
-        (nn.Sequential(nn.Flatten(), nn.ReLU()), "Sequential has no Conv2d or Linear to mask"),
+        (nn.Sequential(nn.Flatten(), nn.ReLU()), "Sequential has no Conv1d, Conv2d or Linear to mask"),
         (
             nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None), nn.ReLU(), nn.Linear(4, 2)),
             "batch norm '1' needs momentum and running statistics",
@@ -218,3 +219,94 @@ def test_refused_with_the_reason(model: nn.Module, words: str) -> None:
 def test_a_layout_needs_masks() -> None:
     with pytest.raises(SettingsError, match=r"sparsify\(\) it first"):
         layout_of(LeNet5())
+
+
+class Windows(nn.Module):
+    """Token ids to 1-D convolutions: what is masked, what only trained, and a layer of a class of one's own."""
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(20, 4), nn.Parameter(torch.zeros(1, 8, 4))
+        self.conv, self.norm = nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.depthwise, self.own = nn.Conv1d(6, 6, 3, groups=6, bias=False), self.Own(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 8)
+        x = (self.embed(x.long()) + self.position).transpose(1, 2)
+        x = F.relu(self.depthwise(F.relu(self.norm(self.conv(x)))))
+        return self.head(self.own(x.mean(2)))
+
+
+def test_1d_convolutions_are_masked_and_gated_by_their_norm() -> None:
+    sparse = sparsify(Windows())
+    assert {name: type(layer) for name, layer in masked_layers(sparse).items()} == {
+        "conv": MaskedConv1d,
+        "depthwise": MaskedConv1d,
+    }
+    assert type(sparse.norm) is GatedBatchNorm1d
+    assert (sparse.conv.gate, sparse.depthwise.gate) == (False, True)
+    assert (type(sparse.embed), type(sparse.own)) == (nn.Embedding, Windows.Own)
+    layers = layout_of(sparse).layers
+    assert [(layer.kind, layer.out, layer.n_in, layer.n_scale) for layer in layers] == [
+        ("conv", 6, 12, 3),
+        ("conv", 6, 3, 3),
+    ]
+
+
+def test_a_pruned_1d_filter_is_silent() -> None:
+    torch.manual_seed(0)
+    sparse = sparsify(Windows())
+    sparse.conv.threshold.data[2] = sparse.depthwise.threshold.data[4] = 9.0
+    seen: dict[str, Tensor] = {}
+    for name in ("norm", "depthwise"):
+        sparse.get_submodule(name).register_forward_hook(
+            lambda module, given, value, name=name: seen.update({name: value})
+        )
+    sparse(torch.randint(0, 20, (5, 8)).float()).sum().backward()
+    assert not seen["norm"][:, 2].any()
+    assert not seen["depthwise"][:, 4].any()
+    assert seen["norm"].abs().sum((0, 2)).count_nonzero() == 5
+    assert not sparse.conv.weight.grad[2].any()
+    assert not sparse.conv.bias.grad[2]
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_a_batch_norm_of_positions_is_no_gate(tokens: int) -> None:
+    """Its channels are the second axis, whatever its size is; the filters are on the last."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(tokens), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.fc(x)).mean(1))
+
+    x = torch.randn(3, tokens, 4)
+    with pytest.raises(
+        SettingsError, match=r"batch norm 'norm' takes \(3, ., 6\) from a linear layer.*LayerNorm"
+    ):
+        sparsify(Sequence())(x)
+    sparsify(Sequence(), gate=False)(x)  # nothing follows the mask there
+
+
+class Lookup(nn.Module):
+    def __init__(self, *, ids: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.ids = nn.Embedding(20, 4), nn.Linear(4, 2), ids
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 8)
+        if self.ids:
+            return self.head(self.embed(x[:, 1:].long().contiguous()).mean(1))
+        return self.head(self.embed(torch.arange(8)).sum(0) * x.sum(1, keepdim=True))
+
+
+def test_token_ids_are_what_an_embedding_looks_up() -> None:
+    assert token_ids(Lookup(ids=True)) == 20
+    assert token_ids(sparsify(Windows())) == 20
+    assert token_ids(Lookup(ids=False)) is None, "positions are looked up, the input is not"
+    assert token_ids(LeNet5()) is None

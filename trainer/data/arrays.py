@@ -20,11 +20,15 @@ _NAMES = {
 }
 """Array -> the names it goes by: a device holds out `x_val`; Keras' mnist.npz has `x_train` and `x_test`."""
 
+MAX_WHOLE = 1 << 24
+"""Beyond it float32, which models take, does not hold every whole number."""
+
 
 def load_arrays(path: Path, *, seed: int = 0) -> Split:
     """Returns the dataset in an .npz of arrays `x` and `y` (n,); nothing is unpickled.
 
-    `x` is (n, channels, height, width), (n, height, width) or (n, features).
+    `x` is (n, channels, height, width), (n, height, width) or (n, features): bytes, which are scaled, or floats,
+    which are taken as they are, as are other whole numbers of (n, features), such as token ids.
     `x_val` and `y_val` (or `x_test` and `y_test`) are the test examples, else a fifth is split off.
     `labels` (labels,) are the labels' names, else they are numbers.
 
@@ -67,6 +71,14 @@ def _examples(x: NDArray[Any]) -> NDArray[Any]:
         x = x[:, None]
     if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         raise DataError(f"images of shape {x.shape[1:]} have their channels last: transpose to (0, 3, 1, 2)")
+    if x.dtype.kind in "iu" and x.dtype != np.uint8:
+        if x.ndim != 2:
+            raise DataError(
+                f"whole numbers of {x.dtype} and shape {x.shape}: give pixels as uint8, samples of sensors as floats"
+            )
+        if x.size and max(-int(x.min()), int(x.max())) > MAX_WHOLE:
+            raise DataError(f"whole numbers of {x.min()} to {x.max()}: models take at most {MAX_WHOLE}")
+        return x.astype(np.float32)
     return x.astype(np.float32) if x.dtype.kind == "f" else x
 
 

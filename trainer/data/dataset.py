@@ -85,6 +85,13 @@ class Split:
         """Returns the training examples at indices `train` and the test examples at `test`."""
         return Split(self.train.take(train), self.test.take(test))
 
+    def shaped(self, shape: tuple[int, ...]) -> "Split":
+        """Returns the same examples as (n, *shape), where only axes of length 1 are more or fewer; else unchanged."""
+        if [size for size in self.train.shape if size != 1] != [size for size in shape if size != 1]:
+            return self
+        parts = (Dataset(part.x.reshape(-1, *shape), part.y, part.labels) for part in (self.train, self.test))
+        return Split(*parts)
+
     def digest(self) -> str:
         """Returns 64 hex digits that name exactly these examples in this order."""
         digest = hashlib.sha256("\0".join(self.train.labels).encode())
@@ -131,7 +138,17 @@ def input_spec(data: Dataset) -> InputSpec:
 
 
 def model_input(x: Bytes | Floats, spec: InputSpec) -> Floats:
-    """Returns examples (n, *shape) as a model takes them: bytes as (x / 255 - mean) / std, floats as they are."""
+    """Returns examples (n, *shape) as a model takes them: bytes as (x / 255 - mean) / std, floats and ids as they are.
+
+    Raises:
+        DataError: the model takes token ids, and these are none it knows.
+    """
+    if spec.ids is not None:
+        if x.size and not (x.min() >= 0 and x.max() < spec.ids and (x == np.floor(x)).all()):
+            raise DataError(
+                f"examples of {x.min():g} to {x.max():g}: expected token ids, whole numbers of 0 to {spec.ids - 1}"
+            )
+        return np.asarray(x, np.float32)
     if x.dtype != np.uint8:
         return np.asarray(x, np.float32)
     axes = (-1, *[1] * (x.ndim - 2))
