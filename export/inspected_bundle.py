@@ -94,10 +94,18 @@ def bundle_facts(path: Path, state: Path | None = None) -> Facts:
 def _layers(manifest: Manifest, mask: Mapping[str, NDArray[np.bool_]]) -> list[Facts]:
     """Returns the layers with weights, in the bundle's order; costs are those of a proof made of the same state."""
     masked = {layer.name: layer for layer in manifest.layout.layers}
+    outs = {entry.layer: entry.out for entry in manifest.compaction}
     for entry in manifest.compaction:
-        if entry.drops and (entry.layer not in masked or masked[entry.layer].out != entry.out):
+        # the manifest's own checks do not hold these together
+        live = {name for together in entry.live for name in together}
+        if (
+            any(name not in masked or masked[name].out != entry.out for name in live)
+            or not all(entry.live)
+            or not set(entry.reads) <= set(outs)
+            or entry.out % entry.blocks
+        ):
             raise InspectError(
-                f"the manifest drops filters of {entry.layer!r:.80}, of {entry.out}, which its layout does not have: "
+                f"what the manifest says of compacting {entry.layer!r:.80} does not fit its layout: "
                 "export the bundle again"
             )
     shapes = {tensor.name: tensor.shape for tensor in manifest.state}

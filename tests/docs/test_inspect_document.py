@@ -14,6 +14,7 @@ from export.inspect_command import inspected
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
 FREE = {
     "engines",
+    "reads",
     "operators",
     "delegates",
     "files",

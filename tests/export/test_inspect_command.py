@@ -218,13 +218,24 @@ def test_states_that_are_none(
     assert "holds no model yet" in said(tmp_path / "phone")
 
 
-def test_a_manifest_that_drops_what_is_not_masked_is_refused(small_bundle: Bundle, tmp_path: Path) -> None:
-    """Its compaction is not held together by the manifest's own checks."""
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"live": (("nowhere",),)},
+        {"live": (("5",),)},
+        {"live": ((),)},
+        {"reads": {"nowhere": 9}},
+        {"blocks": 4},
+    ],
+    ids=str,
+)
+def test_a_manifest_whose_compaction_does_not_fit_is_refused(
+    lie: dict[str, Any], small_bundle: Bundle, tmp_path: Path
+) -> None:
     manifest = small_bundle.manifest
-    odd = replace(manifest.compaction[0], layer="nowhere")
-    lying = replace(manifest, compaction=(odd, *manifest.compaction[1:]))
+    lying = replace(manifest, compaction=(replace(manifest.compaction[0], **lie), *manifest.compaction[1:]))
     write_bundle(tmp_path / "b", lying, {name: small_bundle.read(name) for name in manifest.files})
-    assert "drops filters of 'nowhere', of 6, which its layout does not have" in refused(tmp_path / "b")
+    assert "compacting '0' does not fit its layout: export the bundle again" in refused(tmp_path / "b")
 
 
 def test_a_damaged_bundle(small_bundle: Bundle, tmp_path: Path) -> None:
