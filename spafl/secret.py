@@ -36,8 +36,13 @@ class Secret:
         Raises:
             ValueError: it is not text.
         """
+        # and no word about what was got
         if not isinstance(value, str):
-            raise ValueError("expected text")  # and no word about what was got
+            raise ValueError("expected text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # it holds the text, so it is no cause either
+            raise ValueError("expected text, got half a surrogate pair") from None
         return cls(value)
 
     def to_json(self) -> str:

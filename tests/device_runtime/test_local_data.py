@@ -300,7 +300,7 @@ def test_an_unknown_source_is_refused_with_the_choices(
 @pytest.fixture
 def words(bundle: Bundle) -> Manifest:
     spec = InputSpec(shape=(5,), mean=(0.0,) * 5, std=(1.0,) * 5, ids=200)
-    return bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+    return replace(bundle.manifest, input=spec, labels=LABELS)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
@@ -322,7 +322,7 @@ def test_what_is_no_token_id_is_refused(words: Manifest, tmp_path: Path, wrong: 
 @pytest.mark.parametrize("shape", [(3, 9), (1, 3, 9), (3, 9, 1), (27,)])
 def test_windows_of_samples(bundle: Bundle, tmp_path: Path, shape: tuple[int, ...]) -> None:
     spec = InputSpec(shape=(3, 9), mean=(0.0,) * 3, std=(1.0,) * 3)
-    manifest = bundle.manifest.model_copy(update={"input": spec, "labels": LABELS})
+    manifest = replace(bundle.manifest, input=spec, labels=LABELS)
     x = np.random.default_rng(0).integers(-2000, 2000, (4, 27))
     for dtype in (np.int16, np.float32):
         arrays = npz(tmp_path, x=x.reshape(4, *shape).astype(dtype), y=np.zeros(4, int))
