@@ -21,6 +21,7 @@ from spafl.layout import ThresholdLayout
 from spafl.manifest import Compaction, InputSpec, StateTensor, TrainStep
 from trainer.graph import token_ids
 from trainer.models import MLP, CNN1d, MobileNet, ResNet18, TextClassifier
+from trainer.models.transformer import Block
 from trainer.sparsify import layout_of, sparsify
 
 LABELS = 5
@@ -103,11 +104,27 @@ class Separable(nn.Module):
         return self.head(F.relu(self.paired(x)).mean((2, 3)))
 
 
+class Attending(nn.Module):
+    """A ViT of two narrow blocks."""
+
+    shape = (2, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(2, 8, 4, stride=4)
+        self.blocks = nn.Sequential(Block(8, 2, 12), Block(8, 4, 10))
+        self.head = nn.Linear(8, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 MODELS = {
     "plain": Plain,
     "normed": Normed,
     "residual": Residual,
     "separable": Separable,
+    "attending": Attending,
     # those of `trainer.models`, as narrow as they can be
     "resnet": partial(ResNet18, LABELS, widths=(4, 6), blocks=1),
     "mlp": partial(MLP, LABELS, hidden=(9, 8)),
