@@ -65,10 +65,12 @@ class _Constants:
         return value.repeat_interleave(times) if times > 1 else value
 
     def _made(self, node: fx.Node, layer: Layer) -> Tensor:
+        if str(node.target) not in self._flows.channels[node].parts[0].group.depthwise:
+            if layer.bias is None or (isinstance(layer, Masked) and layer.gate):
+                return torch.zeros(len(layer.weight))
+            return layer.bias
         weight, bias = weight_and_bias(layer)
         bias = torch.zeros(len(weight)) if bias is None else bias
-        if str(node.target) not in self._flows.channels[node].parts[0].group.depthwise:
-            return torch.zeros_like(bias) if isinstance(layer, Masked) and layer.gate else bias
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return bias + weight.flatten(1).sum(1) * self.of(source)

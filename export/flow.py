@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from export import operations as ops
 from export.channels import Channels, Group, Part, both, either, moved, reshaped, without
+from export.errors import LoweringError
 from export.groups import Groups, called, reads_shape, shape_of, tensors
 from export.joins import attend, join, line_up, multiply
 from trainer.graph import calls, trace
@@ -50,7 +51,12 @@ class ChannelFlows:
         self.graph = trace(self.root)
         # a training pass would move the norms' statistics
         self.root.eval()
-        ShapeProp(self.graph).propagate(torch.zeros(2, *shape))
+        try:
+            ShapeProp(self.graph).propagate(torch.zeros(2, *shape))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise LoweringError(
+                f"the model cannot be run on two examples of shape {shape}: {str(error).splitlines()[0][:200]}"
+            ) from error
         self.root.train(training)
         self.modules = dict(self.root.named_modules())
         self.nodes = nodes = calls(self.graph.graph)

@@ -21,6 +21,7 @@ from spafl.algorithm import Mask
 from spafl.layout import Floats
 from spafl.manifest import StateTensor
 from spafl.rows import kept_rows
+from trainer.masked import Masked
 from trainer.sparsify import masked_layers
 
 aten = torch.ops.aten
@@ -118,10 +119,9 @@ class _Inference(nn.Module):
         self._masked = masked_layers(compact.model)
         kept = kept_rows(compaction_of(compact), mask)
         for number, layer in enumerate(self._masked):
-            rows = mask[layer][kept[layer]] if layer in kept else mask[layer]
-            self.register_buffer(
-                f"distance{number}", torch.from_numpy(np.where(rows, 1, -1).astype(np.float32))
-            )
+            whole = torch.from_numpy(np.where(mask[layer], 1, -1).astype(np.float32))
+            self.register_buffer(f"whole{number}", whole)
+            self.register_buffer(f"rows{number}", whole[kept[layer]] if layer in kept else whole)
         for number, group in enumerate(compact.dropped):
             self.register_buffer(f"active{number}", torch.from_numpy(kept[group]))
 
@@ -129,11 +129,17 @@ class _Inference(nn.Module):
         """Returns logits (batch, labels)."""
         for number, module in enumerate(self._masked.values()):
             # not from scores and thresholds: a filter on the edge would be active here and pruned there
-            module.distance = partial(getattr, self, f"distance{number}")  # type: ignore[method-assign]
+            module.distance = partial(self._distance, number, module)  # type: ignore[method-assign]
         self._compact.active = {
             group: getattr(self, f"active{number}") for number, group in enumerate(self._compact.dropped)
         }
         return self._compact.run(dict(zip(self._names, state, strict=True)), x)
+
+    def _distance(self, number: int, module: Masked) -> Tensor:
+        # where constants of what is left out are looked for, the layer is whole
+        whole: Tensor = getattr(self, f"whole{number}")
+        rows: Tensor = getattr(self, f"rows{number}")
+        return whole if len(module.weight) == len(whole) else rows
 
 
 def _evaluate(nodes: Sequence[fx.Node], values: dict[fx.Node, Tensor]) -> None:

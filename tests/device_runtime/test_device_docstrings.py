@@ -9,7 +9,8 @@ from tests.spafl.test_docstrings import functions
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(device_runtime.__path__, "device_runtime."))
 COMMANDS = {
-    "device_runtime.command": {"enrol", "run", "train", "status", "compact", "predict"},
+    "device_runtime.command": {"enrol", "run", "train", "status", "predict"},
+    "device_runtime.compact_command": {"compact"},
     "device_runtime.engine_command": {"engines", "build_executorch", "install_ort_training"},
 }
 """Their docstrings are help texts."""

@@ -86,7 +86,7 @@ def device_state(folder: Path, bundle: Bundle, tensors: dict[str, Floats]) -> Pa
 def test_a_bundle_in_its_initial_state(small_bundle_file: Path, small_bundle: Bundle, tmp_path: Path) -> None:
     facts, manifest = told(small_bundle_file), small_bundle.manifest
     assert (facts["kind"], facts["name"], facts["id"]) == ("bundle", "small", small_bundle.id)
-    assert facts["input"] == {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25]}
+    assert facts["input"] == {"shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "ids": None}
     assert facts["labels"] == ["a", "b", "c"]
     assert facts["train_step"] == {"form": "rows", "reason": manifest.train_step.reason}
     assert facts["state"] == "initial"

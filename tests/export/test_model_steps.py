@@ -45,7 +45,8 @@ def begun(made: Exported, density: float) -> tuple[torch.nn.Module, GraphHost, n
     return eager, host, draw
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+# not fewer: of layers this narrow one filter is left, whose norm sees a mean many times its deviation
+@pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_are_eager_training(variant: str, density: float) -> None:
     made = exported(**VARIANTS[variant])

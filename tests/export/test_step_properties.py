@@ -81,8 +81,8 @@ def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 
 
 def flat(model: Net, dtype: torch.dtype) -> FlatStep:
-    compact = CompactModel(model, model.shape, dropped=lambda flow: False)
-    step = flat_step(compact.for_training(), state_tensors(model, compact), model.shape)
+    compact = CompactModel(model, model.shape, dropped=lambda group: False, training=True)
+    step = flat_step(compact, state_tensors(model, compact), model.shape)
     compact.model.to(dtype)
     return step
 
@@ -102,9 +102,9 @@ def test_a_traced_step_is_eager(seed: int) -> None:
 @pytest.mark.parametrize("seed", [100, 101, 102])
 def test_a_lowered_step_is_eager(seed: int) -> None:
     model, _ = sparse(seed)
-    compact = CompactModel(model, model.shape, dropped=lambda flow: False)
+    compact = CompactModel(model, model.shape, dropped=lambda group: False, training=True)
     tensors = state_tensors(model, compact)
-    graph = train_step_graph(compact.for_training(), tensors, model.shape)
+    graph = train_step_graph(compact, tensors, model.shape)
     given = arguments(model, flat(model, torch.float32), *batch(model, seed, 5))
     feeds = {n: value.float() if value.is_floating_point() else value for n, value in given.items()}
     got = run(session(graph.SerializeToString()), {name: value.numpy() for name, value in feeds.items()})

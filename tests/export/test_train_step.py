@@ -184,7 +184,10 @@ def test_forms_and_reasons() -> None:
     assert "not silent" in published.reason
     residual = exported("residual").step
     assert residual.form == "rows"
-    assert residual.reason.startswith("inner:")
-    assert "stem keeps all rows" in residual.reason
-    rows = {tensor.name for tensor in exported("residual").state if tensor.rows}
-    assert rows == {"inner.weight", "inner.bias"}
+    assert residual.reason.startswith("stem, outer, inner:")
+    rows = {tensor.name: tensor.layer for tensor in exported("residual").state if tensor.rows}
+    sum_of = {f"{layer}.{leaf}": "stem" for layer in ("stem", "outer") for leaf in ("weight", "bias")}
+    assert rows == {**sum_of, "inner.weight": "inner", "inner.bias": "inner"}
+    mobilenet = exported("mobilenet").step
+    assert mobilenet.form == "rows"
+    assert "depthwise keeps all rows" in mobilenet.reason
