@@ -37,6 +37,8 @@ CONDITION_FACTOR = 8.0
 DRAWS = 3
 """Batches to try a step on. A ReLU or a pool may sit on its edge for one batch, where the last bit decides which way
 the whole gradient of an example goes; a mistake in the graph sits there for all of them."""
+LARGE = 2_000_000
+"""Weights from which on one draw has to do: none is free of edges, and each takes ten seconds."""
 NUDGES = 3
 NUDGE = 1e-6
 """A large model has a million activations, of which some sit on an edge for every batch: ResNet-18's step by two of
@@ -214,9 +216,10 @@ def _steps(
 ) -> tuple[nn.Module, Momenta, Check]:
     """Returns eager and its momenta after the steps of BATCHES, and the check of the worst of them."""
     momenta = zero_momenta(eager)
+    draws = 1 if sum(value.numel() for value in eager.parameters()) > LARGE else DRAWS
     steps = []
     for size in BATCHES:
-        for left in reversed(range(DRAWS)):
+        for left in reversed(range(draws)):
             before = copy.deepcopy((eager, momenta))
             batch = _batch(manifest, size, draw, examples)
             check = check_step(eager, momenta, host, manifest, density, batch, nudges=0 if left else NUDGES)
