@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from export import operations as ops
 from export.channels import Channels, Group, Part, both, either, moved, reshaped, without
@@ -99,6 +99,8 @@ class ChannelFlows:
             self._layer(node, kind)
         elif not followed or reads_shape(node):
             return
+        elif not isinstance(node.meta.get("tensor_meta"), TensorMetadata):
+            self.groups.stay(followed, f"{called(node)} makes more than one value of them")
         elif isinstance(kind, BatchNorm):
             self._norm(node, kind)
         elif ops.is_one_of(kind, ops.ARITHMETIC) and len(tensors(node)) == 2:

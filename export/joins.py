@@ -2,11 +2,9 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from export import operations as ops
@@ -22,7 +20,7 @@ def join(groups: Groups, node: fx.Node, kind: object) -> None:
     if a is None or b is None:
         held, alien = (a, other) if a is not None else (b, one)
         assert held is not None
-        if product and held.zero and (held is a or kind not in (operator.truediv, torch.div, "div")):
+        if product and held.zero and (held is a or not ops.is_one_of(kind, ops.QUOTIENTS)):
             shape, whole = shape_of(alien), shape_of(node)
             axes = [axis - len(whole) for axis in (held.axis, held.inner) if axis is not None]
             if len(shape_of(one if held is a else other)) == len(whole) and all(
@@ -31,6 +29,9 @@ def join(groups: Groups, node: fx.Node, kind: object) -> None:
                 groups.hold(node, held)
                 return
         groups.stay([one, other], f"{called(node)}: what it is joined with is not pruned")
+        return
+    if ops.is_one_of(kind, ops.QUOTIENTS):
+        groups.stay([one, other], f"{called(node)} divides by channels that may be pruned")
         return
     same = a.axis == b.axis and a.inner == b.inner and a.sizes == b.sizes
     if not same or len(shape_of(one)) != len(shape_of(other)):

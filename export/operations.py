@@ -42,7 +42,8 @@ AVERAGE_POOLS = (
 POOLS = (*MAX_POOLS, *AVERAGE_POOLS)
 """Channel by channel, over positions; a constant stays the same constant, some average pools with padding aside."""
 SUMS = (operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "sub", "add_")
-PRODUCTS = (operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, "mul", "div")
+QUOTIENTS = (operator.truediv, torch.div, "div")
+PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", *QUOTIENTS)
 ARITHMETIC = (*SUMS, *PRODUCTS)
 CATS = (torch.cat, torch.concat)
 MEANS = (torch.mean, "mean", torch.amax, "amax")

@@ -78,6 +78,22 @@ def assert_compact_is_masked(
     return {name.removeprefix("layers."): len(rows) for name, rows in kept.items()}
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x + 1,
+        lambda x: 1 / (F.relu(x) + 2),
+        lambda x: 3 - x * 2,
+        lambda x: (x * torch.sigmoid(x)) + x,
+    ],
+)
+@pytest.mark.parametrize("gate", [True, False])
+def test_arithmetic_makes_constants(between: Callable[[Tensor], Tensor], gate: bool) -> None:
+    model = Two(between, padding=1)
+    assert flows(model, gate=gate)["conv1"].drops
+    assert assert_compact_is_masked(model, gate=gate)["conv1"] == 2
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_gated_channel_is_exactly_nothing(norm: bool) -> None:
     flow = flows(Two(F.gelu, norm=norm))["conv1"]
@@ -146,6 +162,8 @@ def test_an_average_pool_that_changes_constants(pool: Callable[[Tensor], Tensor]
         (nn.GroupNorm(2, 4), "between"),
         (nn.ChannelShuffle(2), "between"),
         (nn.Softmax(1), "between"),
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk makes more than one value"),
+        (lambda x: F.relu(x) / (x + 1), "divides by channels that may be pruned"),
     ],
 )
 def test_what_moves_or_mixes_channels_is_named(between: Callable[[Tensor], Tensor], names: str) -> None:
