@@ -57,7 +57,7 @@ test-arm64: venv ## the device on ARM64, emulated, against x86-64; on Debian or 
 
 .PHONY: bench
 bench: engines ## every benchmark; fails if one misses its bars
-	@failed=0; for name in train_step inference wire engines parity; do \
+	@failed=0; for name in train_step inference compaction wire engines parity; do \
 	  $(BIN)/python benchmarks/$$name.py --check || failed=1; \
 	done; exit $$failed
 
