@@ -15,6 +15,7 @@ from export.inference import infer_graph, masked_graph
 from export.training import state_tensors
 from spafl.bundle import INITIAL_STATE, Bundle, write_bundle
 from spafl.manifest import EngineFiles, FileEntry, InputSpec, Manifest, TrainStep
+from trainer.graph import token_ids
 from trainer.models import MODELS
 from trainer.sparsify import layout_of, sparsify
 
@@ -56,7 +57,7 @@ def inference_bundle(model: str, folder: Path) -> Bundle:
         name=model,
         layout=layout,
         state=tensors,
-        input=InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0]),
+        input=InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0], ids=token_ids(masked)),
         labels=tuple(map(str, range(labels))),
         train_step=TrainStep(form="dense", reason="not exported"),
         compaction=compaction_of(compact, widths),

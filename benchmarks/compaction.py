@@ -117,8 +117,8 @@ def measure(source: Bundle, folder: Path, runs: int) -> list[Row]:
 def example(source: Bundle, draw: np.random.Generator) -> np.ndarray:
     """Returns 64 inputs: noise, or words where the model reads token ids."""
     shape = (64, *source.manifest.input.shape)
-    if source.manifest.name == "text":
-        return draw.integers(0, 1000, shape).astype(np.float32)
+    if source.manifest.input.ids is not None:
+        return draw.integers(0, source.manifest.input.ids, shape).astype(np.float32)
     return draw.standard_normal(shape, np.float32)
 
 

@@ -147,7 +147,7 @@ class ChannelFlows:
         if ops.is_one_of(kind, ops.POOLS):
             return held if held.axis == 1 and held.inner is None and len(shape_of(node)) == rank else None
         if ops.is_one_of(kind, ops.MEANS):
-            gone = ops.axes_of(node, kind, rank)
+            gone = ops.axes_of(node, rank)
             if gone is None or held.axis in gone or held.inner in gone:
                 return None
             return held if ops.keeps_axes(node) else without(held, gone)

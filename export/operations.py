@@ -83,7 +83,7 @@ def moves_constants(kind: object, node: fx.Node) -> bool:
     )
 
 
-def axes_of(node: fx.Node, kind: object, rank: int) -> tuple[int, ...] | None:
+def axes_of(node: fx.Node, rank: int) -> tuple[int, ...] | None:
     """Returns the axes, counted from 0, that a mean goes over; None where it does not say."""
     named: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if isinstance(named, int):
